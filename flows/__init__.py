@@ -1,0 +1,1 @@
+"""The composition root: Prefect flows, the MLflow registry and the ``consilium`` command."""

@@ -1,0 +1,1 @@
+"""Features to risk: survival statistics, encoders, late fusion and their federation."""

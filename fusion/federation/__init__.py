@@ -1,0 +1,39 @@
+"""One study over many sites: what a site answers, what the coordinator makes of the answers.
+
+The messages are bytes on every transport, the in-process one included, so that nothing can cross
+in a test or a simulation that could not cross between hospitals.
+"""
+
+from fusion.federation.coordinator import (
+    Coordinator,
+    Fitted,
+    QuorumNotMet,
+    RoundRecord,
+    SiteOutcome,
+    run_federation,
+)
+from fusion.federation.plan import LOCAL_ENCODERS, LOCAL_ONLY, PROTOCOL, FederationPlan
+from fusion.federation.results import ArmResult, summarise
+from fusion.federation.site import Outcome, SiteRows, SiteStudy, Split
+from fusion.federation.transport import InProcess, Transport
+
+__all__ = [
+    "LOCAL_ENCODERS",
+    "LOCAL_ONLY",
+    "PROTOCOL",
+    "ArmResult",
+    "Coordinator",
+    "FederationPlan",
+    "Fitted",
+    "InProcess",
+    "Outcome",
+    "QuorumNotMet",
+    "RoundRecord",
+    "SiteOutcome",
+    "SiteRows",
+    "SiteStudy",
+    "Split",
+    "Transport",
+    "run_federation",
+    "summarise",
+]

@@ -1,0 +1,377 @@
+"""The whole list of what may cross a hospital's border, and how it is written to bytes.
+
+Each message is a frozen dataclass whose array fields declare dtype and shape. Dimensions that share
+a letter must agree within a message. The bytes are a JSON header followed by the arrays, little
+endian: no pickle, no free text from a site, only finite values. Both ends check everything.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusion.privacy import Refusal
+
+MAX_BYTES: Final = 64 * 1024 * 1024
+_MAGIC: Final = b"CNSL1"
+_HEADER: Final = struct.Struct("<5sI")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_./-]{0,99}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class MessageError(ValueError):
+    """Bytes that are no message of this list, or a message that breaks its own schema."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Dtype and shape of an array field; a letter stands for any size, equal within a message."""
+
+    dtype: str
+    dims: tuple[str, ...]
+
+
+Counts = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+PerFit = Annotated[Floats, Shape("<f8", ("fits",))]
+PerFitCount = Annotated[Counts, Shape("<i8", ("fits",))]
+PerFitInput = Annotated[Floats, Shape("<f8", ("fits", "inputs"))]
+PerArm = Annotated[Floats, Shape("<f8", ("arms", "values"))]
+
+
+@dataclass(frozen=True)
+class Describe:
+    """Coordinator: say which of these modalities you can contribute, under this protocol."""
+
+    run: str
+    protocol: str
+    modalities: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Description:
+    """Site: counts behind each modality after the split, and what it will take part in.
+
+    ``contributes`` marks the modalities that pass the site's minimum counts; ``cross_fits`` those
+    whose folds pass too. ``cohort`` is the cohort's digest under the site's own secret.
+    """
+
+    cohort: str
+    n_train: int
+    n_train_events: int
+    n_test: int
+    n_test_events: int
+    trains: bool
+    contributes: Annotated[Flags, Shape("|b1", ("modalities",))]
+    cross_fits: Annotated[Flags, Shape("|b1", ("modalities",))]
+
+
+@dataclass(frozen=True)
+class AskMoments:
+    """Coordinator: count, mean and squared deviations of each input of these designs."""
+
+    run: str
+    round: int
+    designs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DesignMoments:
+    """Site: moments over the training rows, padded with zeros to the widest design."""
+
+    n: PerFitInput
+    mean: PerFitInput
+    m2: PerFitInput
+
+
+@dataclass(frozen=True)
+class SetScaling:
+    """Coordinator: centre and scale your designs by these, for ever in this run."""
+
+    run: str
+    round: int
+    designs: tuple[str, ...]
+    mean: PerFitInput
+    scale: PerFitInput
+
+
+@dataclass(frozen=True)
+class AskCoxSums:
+    """Coordinator: Cox sums of these fits at these coefficients."""
+
+    run: str
+    round: int
+    fits: tuple[str, ...]
+    coefficients: PerFitInput
+
+
+@dataclass(frozen=True)
+class CoxSumsReply:
+    """Site: sums of every fit asked for, padded with zeros to the widest."""
+
+    log_likelihood: PerFit
+    gradient: PerFitInput
+    information: Annotated[Floats, Shape("<f8", ("fits", "inputs", "inputs"))]
+    n_patients: PerFitCount
+    n_events: PerFitCount
+
+
+@dataclass(frozen=True)
+class SetEncoders:
+    """Coordinator: the consortium's linear encoders, one per fit; a site scores its own rows."""
+
+    run: str
+    round: int
+    fits: tuple[str, ...]
+    coefficients: PerFitInput
+
+
+@dataclass(frozen=True)
+class AskEdges:
+    """Coordinator: say which interior edges of this grid you can release."""
+
+    run: str
+    round: int
+    edges_days: Annotated[Floats, Shape("<f8", ("edges",))]
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Site: True where the edge leaves no small cell on either side."""
+
+    releasable: Annotated[Flags, Shape("|b1", ("interior",))]
+
+
+@dataclass(frozen=True)
+class AskIntervals:
+    """Coordinator: events and hazard-weighted days per interval for these coefficients."""
+
+    run: str
+    round: int
+    arms: tuple[str, ...]
+    edges_days: Annotated[Floats, Shape("<f8", ("edges",))]
+    coefficients: Annotated[Floats, Shape("<f8", ("arms", "inputs"))]
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Site: training events and exposure per arm and interval.
+
+    ``risk`` holds count, mean and squared deviations of each arm's training log hazards, from which
+    the coordinator cuts the risk groups.
+    """
+
+    events: Annotated[Floats, Shape("<f8", ("arms", "edges"))]
+    exposure: Annotated[Floats, Shape("<f8", ("arms", "edges"))]
+    risk: Annotated[Floats, Shape("<f8", ("arms", "three"))]
+
+
+@dataclass(frozen=True)
+class AskEvaluation:
+    """Coordinator: evaluate these fitted arms on your test rows.
+
+    ``coefficients`` and ``hazard_per_day`` define each arm's model; ``groups`` are the cut points
+    of the log hazard between risk groups, ``horizon_days`` the time of calibration.
+    """
+
+    run: str
+    round: int
+    arms: tuple[str, ...]
+    edges_days: Annotated[Floats, Shape("<f8", ("edges",))]
+    coefficients: Annotated[Floats, Shape("<f8", ("arms", "inputs"))]
+    hazard_per_day: Annotated[Floats, Shape("<f8", ("arms", "edges"))]
+    groups: Annotated[Floats, Shape("<f8", ("arms", "cuts"))]
+    horizon_days: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Site: evaluation sums per arm, in the order asked.
+
+    ``pairs`` and ``uno`` hold :class:`fusion.evaluation.PairCounts`, with a further row for the
+    site's own model where it has one; ``brier`` the Brier sums, the last row those of the site's
+    Kaplan-Meier curve; ``life_table`` and ``calibration`` the tables by risk group, each flattened.
+    A table with a small cell crosses as zeros.
+    """
+
+    n_test: int
+    n_test_events: int
+    pairs: Annotated[Floats, Shape("<f8", ("scored", "pair_sums"))]
+    uno: Annotated[Floats, Shape("<f8", ("scored", "pair_sums"))]
+    brier: Annotated[Floats, Shape("<f8", ("predicted", "brier_sums"))]
+    life_table: Annotated[Floats, Shape("<f8", ("arms", "life_cells"))]
+    calibration: Annotated[Floats, Shape("<f8", ("arms", "calibration_cells"))]
+
+
+@dataclass(frozen=True)
+class Done:
+    """Site: an instruction was carried out."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Site: nothing leaves, for this reason."""
+
+    code: str
+
+
+Message = (
+    Describe | Description | AskMoments | DesignMoments | SetScaling | AskCoxSums | CoxSumsReply
+    | SetEncoders | AskEdges | Edges | AskIntervals | Intervals | AskEvaluation | Evaluation
+    | Done | Refused
+)  # fmt: skip
+_TYPES: Final[dict[str, type]] = {kind.__name__: kind for kind in get_args(Message)}
+_HINTS: Final = {name: get_type_hints(kind, include_extras=True) for name, kind in _TYPES.items()}
+_CODES: Final = frozenset(get_args(Refusal))
+
+
+def encode(message: Message) -> bytes:
+    """Write a message to bytes, after checking it against its schema.
+
+    Raises
+    ------
+    MessageError
+        If a field has another type, shape or dtype than declared, or a value is not finite.
+    """
+    kind = type(message).__name__
+    values = {f.name: getattr(message, f.name) for f in fields(message)}
+    _check(kind, values)
+    shapes = _array_shapes(kind)
+    header = {"kind": kind, "values": {}, "arrays": {}}
+    body = []
+    for name, value in values.items():
+        if name in shapes:
+            header["arrays"][name] = list(value.shape)  # type: ignore[index]
+            body.append(np.ascontiguousarray(value, dtype=shapes[name].dtype).tobytes())
+        else:
+            header["values"][name] = list(value) if isinstance(value, tuple) else value  # type: ignore[index]
+    text = json.dumps(header, sort_keys=True, allow_nan=False).encode()
+    payload = b"".join([_HEADER.pack(_MAGIC, len(text)), text, *body])
+    if len(payload) > MAX_BYTES:
+        raise MessageError(f"{kind}: found {len(payload)} bytes, needed at most {MAX_BYTES}")
+    return payload
+
+
+def decode(payload: bytes) -> Message:
+    """Read a message from bytes that may come from anyone.
+
+    Raises
+    ------
+    MessageError
+        If the bytes are not exactly one message of this list with every field as declared.
+    """
+    if len(payload) > MAX_BYTES:
+        raise MessageError(f"message: found {len(payload)} bytes, needed at most {MAX_BYTES}")
+    try:
+        magic, size = _HEADER.unpack_from(payload)
+        if magic != _MAGIC:
+            raise MessageError("message: does not begin as one")
+        header = json.loads(payload[_HEADER.size : _HEADER.size + size])
+        kind, plain, sizes = header["kind"], header["values"], header["arrays"]
+        hints = _HINTS[kind]
+        if set(header) != {"kind", "values", "arrays"} or set(plain) | set(sizes) != set(hints):
+            raise MessageError(f"{kind}: found other fields than the schema has")
+        values = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in plain.items()
+        }
+        values.update(_read_arrays(kind, sizes, payload[_HEADER.size + size :]))
+    except MessageError:
+        raise
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise MessageError("message: found bytes that are no message of this list") from None
+    _check(kind, values)
+    message: Message = _TYPES[kind](**values)
+    return message
+
+
+def _array_shapes(kind: str) -> dict[str, Shape]:
+    return {
+        name: get_args(hint)[1]
+        for name, hint in _HINTS[kind].items()
+        if get_origin(hint) is Annotated
+    }
+
+
+def _read_arrays(kind: str, sizes: dict[str, list[int]], body: bytes) -> dict[str, Any]:
+    arrays: dict[str, Any] = {}
+    at = 0
+    for name, shape in _array_shapes(kind).items():
+        dims = sizes[name]
+        if not all(isinstance(d, int) and 0 <= d <= MAX_BYTES for d in dims):
+            raise MessageError(f"{kind}.{name}: found sizes that are no sizes")
+        dtype = np.dtype(shape.dtype)
+        n_bytes = int(np.prod(dims, dtype=object)) * dtype.itemsize
+        if at + n_bytes > len(body):
+            raise MessageError(f"{kind}.{name}: found fewer bytes than its shape needs")
+        raw = np.frombuffer(body, dtype=np.uint8, count=n_bytes, offset=at)
+        if dtype.kind == "b" and raw.size and raw.max() > 1:
+            raise MessageError(f"{kind}.{name}: found bytes that are neither true nor false")
+        arrays[name] = raw.view(dtype).reshape(dims)
+        at += n_bytes
+    if at != len(body):
+        raise MessageError(f"{kind}: found {len(body) - at} bytes too many")
+    return arrays
+
+
+def _check(kind: str, values: dict[str, Any]) -> None:
+    sizes: dict[str, int] = {}
+    shapes = _array_shapes(kind)
+    for name, hint in _HINTS[kind].items():
+        where = f"{kind}.{name}"
+        if name in shapes:
+            _check_array(where, values[name], shapes[name], sizes)
+        else:
+            _check_plain(where, values[name], hint)
+
+
+def _check_array(where: str, value: Any, shape: Shape, sizes: dict[str, int]) -> None:
+    if not isinstance(value, np.ndarray) or value.dtype.str != shape.dtype:
+        raise MessageError(f"{where}: needed an array of dtype {shape.dtype}")
+    if value.ndim != len(shape.dims):
+        raise MessageError(f"{where}: found {value.ndim} dimensions, needed {len(shape.dims)}")
+    for dim, size in zip(shape.dims, value.shape, strict=True):
+        if sizes.setdefault(dim, size) != size:
+            raise MessageError(f"{where}: found {size} {dim}, needed {sizes[dim]}")
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        raise MessageError(f"{where}: found a value that is not finite")
+
+
+def _check_plain(where: str, value: Any, hint: Any) -> None:
+    if hint is str:
+        _check_text(where, value)
+    elif hint is float:
+        if not isinstance(value, float) or not np.isfinite(value):
+            raise MessageError(f"{where}: needed a finite number")
+    elif hint is bool:
+        if not isinstance(value, bool):
+            raise MessageError(f"{where}: needed true or false")
+    elif hint is int:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
+            raise MessageError(f"{where}: needed a count")
+    elif not isinstance(value, tuple) or not 0 < len(value) <= 10_000:
+        raise MessageError(f"{where}: needed a list of names")
+    else:
+        for name in value:
+            _check_text(where, name)
+
+
+def _check_text(where: str, value: Any) -> None:
+    field = where.partition(".")[2]
+    if not isinstance(value, str):
+        raise MessageError(f"{where}: needed text")
+    if field == "code":
+        allowed = value in _CODES
+    elif field in ("protocol", "cohort", "run"):
+        allowed = _DIGEST.fullmatch(value) is not None
+    else:
+        allowed = _NAME.fullmatch(value) is not None
+    if not allowed:
+        raise MessageError(f"{where}: found text that the schema does not allow")

@@ -1,0 +1,1 @@
+"""How Consilium is deployed: settings of a site and of the coordinator."""

@@ -1,0 +1,1 @@
+"""Raw hospital data to per-patient features; one module per modality."""

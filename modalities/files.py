@@ -1,0 +1,89 @@
+"""Files on a site's disk: content digests, fingerprints of specs, writes that are whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_CHUNK_BYTES = 1 << 20
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 over canonical JSON (sorted keys, no spaces), as 64 hex digits.
+
+    Parameters
+    ----------
+    value
+        Anything ``json`` can write; floats keep their shortest round-trip form.
+
+    Raises
+    ------
+    ValueError
+        If a float is NaN or infinite, which canonical JSON cannot hold.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_path(path: Path) -> str:
+    """SHA-256 of a file's bytes, or of a folder's names and bytes, as 64 hex digits.
+
+    A folder's digest covers every file below it in sorted order, each with its relative name, so
+    that a DICOM series has one digest and a renamed slice changes it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If nothing is at ``path``.
+    """
+    whole = hashlib.sha256()
+    if not path.is_dir():
+        _feed(whole, path)
+        return whole.hexdigest()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        part = hashlib.sha256()
+        _feed(part, file)
+        whole.update(f"{file.relative_to(path).as_posix()}\0{part.hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def _feed(digest: Any, file: Path) -> None:
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``target`` and rename it onto ``target`` when the block ends well.
+
+    A kill at any moment leaves the old file or the new one, never half of one; after an exception
+    the temporary file is removed and ``target`` is as it was. The temporary name keeps the suffix
+    of ``target``, which some writers read.
+
+    Examples
+    --------
+    >>> with replacing(Path("table.csv")) as path:  # doctest: +SKIP
+    ...     frame.to_csv(path)
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(
+        dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix
+    )
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,40 @@
+"""Whole-slide images to bags of tile embeddings.
+
+The line: ``reader`` opens a slide and knows its scale, ``tissue`` finds what is not glass,
+``tiles`` lays the grid and reads it, ``encoder`` embeds (``network``), ``bags`` writes, ``extract`` runs it all.
+"""
+
+from modalities.pathology.bags import Bag, is_current, read_bag
+from modalities.pathology.encoder import (
+    MissingWeights,
+    UnknownEncoder,
+    check_encoder_name,
+    load_tile_encoder,
+)
+from modalities.pathology.extract import (
+    SlideOutcome,
+    check_slide,
+    digest_slide,
+    extract,
+    extract_slide,
+    find_slides,
+)
+from modalities.pathology.spec import EXTRACTOR_VERSION, PathologySpec
+
+__all__ = [
+    "EXTRACTOR_VERSION",
+    "Bag",
+    "MissingWeights",
+    "PathologySpec",
+    "SlideOutcome",
+    "UnknownEncoder",
+    "check_encoder_name",
+    "check_slide",
+    "digest_slide",
+    "extract",
+    "extract_slide",
+    "find_slides",
+    "is_current",
+    "load_tile_encoder",
+    "read_bag",
+]

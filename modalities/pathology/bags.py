@@ -1,0 +1,112 @@
+"""Bags of tile embeddings on disk, under the names that TRIDENT gives them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+
+from modalities.cohort import DataError
+from modalities.files import replacing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+_CHUNK_TILES = 512
+
+
+@dataclass(frozen=True)
+class Bag:
+    """The tiles of one slide.
+
+    Parameters
+    ----------
+    coords
+        (n_tiles, 2) int64, upper left corners at level 0, x then y.
+    features
+        (n_tiles, dim) float32, finite.
+    """
+
+    coords: NDArray[np.int64]
+    features: NDArray[np.float32]
+
+
+def write_bag(
+    out_h5: Path, bag: Bag, *, coords_attrs: Mapping[str, Any], file_attrs: Mapping[str, Any]
+) -> None:
+    """Write a bag atomically; the same bag always gives the same bytes."""
+    with replacing(out_h5) as temporary, h5py.File(temporary, "w") as file:
+        for name, values in (("coords", bag.coords), ("features", bag.features)):
+            chunk = (min(_CHUNK_TILES, len(values)), values.shape[1])
+            # The checksum turns silent damage on disk into an error on reading.
+            file.create_dataset(name, data=values, chunks=chunk, fletcher32=True)
+        file["coords"].attrs.update(coords_attrs)
+        file.attrs.update(file_attrs)
+
+
+def write_outline(out_geojson: Path, outline: Mapping[str, Any]) -> None:
+    """Write a GeoJSON outline atomically."""
+    with replacing(out_geojson) as temporary:
+        temporary.write_text(json.dumps(outline, separators=(",", ":")), encoding="utf-8")
+
+
+def read_bag(path: Path) -> Bag:
+    """Read a bag written here or by TRIDENT, with ``features`` (n, dim) or (1, n, dim).
+
+    Raises
+    ------
+    DataError
+        ``missing_file``, ``unreadable_bag``, ``shape``, ``no_tissue`` or ``non_finite``.
+    """
+    if not path.exists():
+        raise DataError("missing_file", "bag: found no file, needed an HDF5 of tile embeddings")
+    try:
+        with h5py.File(path, "r") as file:
+            coords = np.asarray(file["coords"][()], dtype=np.int64)
+            features = np.asarray(file["features"][()], dtype=np.float32)
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError):
+        raise DataError(
+            "unreadable_bag",
+            "bag: found a damaged file or no numeric 'coords' and 'features', needed both; "
+            "extract the slide again",
+        ) from None
+    bag = Bag(_without_batch_axis(coords), _without_batch_axis(features))
+    _check(bag)
+    return bag
+
+
+def is_current(out_h5: Path, *, input_digest: str, spec_fingerprint: str) -> bool:
+    """Whether ``out_h5`` is whole and was made from this input under this spec."""
+    try:
+        with h5py.File(out_h5, "r") as file:
+            made_from = (file.attrs["input_digest"], file.attrs["spec_fingerprint"])
+            whole = 0 < len(file["coords"]) == len(file["features"])
+            return whole and made_from == (input_digest, spec_fingerprint)
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+
+
+def _without_batch_axis(values: NDArray[Any]) -> NDArray[Any]:
+    return values[0] if values.ndim == 3 and values.shape[0] == 1 else values
+
+
+def _check(bag: Bag) -> None:
+    n_tiles = len(bag.coords)
+    if bag.coords.shape != (n_tiles, 2) or bag.features.shape[:-1] != (n_tiles,):
+        raise DataError(
+            "shape",
+            f"bag: found coords {bag.coords.shape} and features {bag.features.shape}, "
+            "needed (n, 2) and (n, dim)",
+        )
+    if n_tiles == 0:
+        raise DataError("no_tissue", "bag: found no tile, needed at least one")
+    if not np.isfinite(bag.features).all():
+        raise DataError(
+            "non_finite", "bag: found NaN or infinity in features, needed finite values"
+        )
