@@ -1,4 +1,4 @@
-"""Survival encoders: what one is, how it prepares its inputs, how it scores, how it is kept as bytes.
+"""Survival encoders: their spec, preparation of inputs, networks, scoring, and form as bytes.
 
 An encoder turns one modality of one patient (a row of a table, or a bag of tiles) into one
 standardised log hazard. Training is in :mod:`fusion.training`.
@@ -10,7 +10,7 @@ import json
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class EncoderSpec(BaseModel):
         default=16,
         ge=1,
         le=1024,
-        description="With sharing sums, more inputs than this pass a random projection to this many.",
+        description="Above it, with sharing sums, a random projection to this many comes first.",
     )
     projection_seed: int = Field(
         default=0,
@@ -71,7 +71,7 @@ class EncoderSpec(BaseModel):
         description="Seed of that projection; one for all sites and folds.",
     )
     n_components: int = Field(
-        default=32, ge=1, le=512, description="Principal components kept of each tile."
+        default=16, ge=1, le=512, description="Principal components kept of each tile."
     )
     max_tiles: int = Field(
         default=512,
@@ -91,7 +91,7 @@ class EncoderSpec(BaseModel):
         description="AdamW's decay of all weights but the linear ones.",
     )
     ridge: float = Field(
-        default=0.05,
+        default=0.1,
         ge=0.0,
         le=100.0,
         description="Penalty of the linear weights per patient, on the mean log-likelihood.",
@@ -178,9 +178,10 @@ def as_table(inputs: Inputs) -> Floats:
     DataError
         If a cell is infinite, or there is no row or no column.
     """
-    if not _is_table(inputs):
-        return pool_bags(inputs)
-    values = np.asarray(inputs, dtype=np.float64)
+    table = _table(inputs)
+    if table is None:
+        return pool_bags(_bags(inputs))
+    values = table.astype(np.float64)
     if 0 in values.shape:
         raise DataError("shape", f"table: found shape {values.shape}, needed rows and columns")
     if np.isinf(values).any():
@@ -192,13 +193,21 @@ def as_table(inputs: Inputs) -> Floats:
 
 def take(inputs: Inputs, rows: NDArray[np.integer[Any]]) -> Inputs:
     """Return the inputs of some patients, in the order of ``rows``."""
-    if _is_table(inputs):
-        return np.asarray(inputs)[rows]
+    table = _table(inputs)
+    if table is not None:
+        return table[rows]
     return [inputs[int(row)] for row in rows]
 
 
-def _is_table(inputs: Inputs) -> bool:
-    return isinstance(inputs, np.ndarray) and inputs.ndim == 2 and inputs.dtype != object
+def _table(inputs: Inputs) -> Table | None:
+    is_table = isinstance(inputs, np.ndarray) and inputs.ndim == 2 and inputs.dtype != object
+    return cast("Table", inputs) if is_table else None
+
+
+def _bags(inputs: Inputs) -> Bags:
+    if _table(inputs) is not None:
+        raise DataError("shape", "inputs: found a table, needed bags of tiles for this model")
+    return cast("Bags", inputs)
 
 
 def _checked_bags(bags: Bags, dim: int | None = None) -> Iterator[NDArray[np.floating[Any]]]:
@@ -220,7 +229,7 @@ def _checked_bags(bags: Bags, dim: int | None = None) -> Iterator[NDArray[np.flo
 
 
 def evenly(bag: _Tiles, max_tiles: int) -> _Tiles:
-    """Return the bag, or ``max_tiles`` of its tiles spread evenly over it, first and last included."""
+    """Return the bag, or ``max_tiles`` of its tiles spread evenly over it."""
     if len(bag) <= max_tiles:
         return bag
     return bag[np.linspace(0, len(bag) - 1, max_tiles).round().astype(int)]
@@ -280,7 +289,7 @@ class Preparation:
 
 
 def standardisation(columns: Moments, spec: EncoderSpec) -> Preparation:
-    """Preparation of a table from its moments, which may be a consortium's.
+    """Make the preparation of a table from its moments, which may be a consortium's.
 
     Parameters
     ----------
@@ -481,9 +490,7 @@ def prepare(inputs: Inputs, spec: EncoderSpec) -> Preparation:
     """
     if not spec.reads_tiles:
         return standardisation(moments(as_table(inputs)), spec)
-    if _is_table(inputs):
-        raise DataError("shape", f"model {spec.model}: found a table, needed bags of tiles")
-    return tile_components(inputs, spec)
+    return tile_components(_bags(inputs), spec)
 
 
 @dataclass(frozen=True, eq=False)
@@ -547,7 +554,7 @@ class FittedEncoder:
             )
 
     def to_bytes(self) -> bytes:
-        """Safetensors of all weights, with spec and sizes as JSON in the metadata; no code inside."""
+        """Safetensors of all weights, with spec and sizes as JSON in the metadata; no code."""
         tensors = {f"network.{k}": v.numpy() for k, v in self.network.state_dict().items()}
         tensors |= {"mean": self.preparation.mean, "gain": self.preparation.gain}
         if self.preparation.basis is not None:
@@ -645,12 +652,10 @@ def patient_inputs(preparation: Preparation, inputs: Inputs) -> torch.Tensor:
 
 
 def _scored_bags(
-    network: GatedAttention, preparation: Preparation, bags: Bags
+    network: GatedAttention, preparation: Preparation, inputs: Inputs
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Log hazard (1,) and attention (n_tiles,) of one bag at a time, so that none needs padding."""
-    if _is_table(bags):
-        raise DataError("shape", "model gated_attention: found a table, needed bags of tiles")
-    for bag in _checked_bags(bags, preparation.n_inputs):
+    for bag in _checked_bags(_bags(inputs), preparation.n_inputs):
         tiles = preparation(bag).float().unsqueeze(0)
         hazard, weights = network(tiles, torch.ones(tiles.shape[:2], dtype=torch.bool))
         yield hazard, weights.squeeze(0)
@@ -664,7 +669,7 @@ def linear_encoder(
     of_training: Moments,
     n_events: int,
 ) -> FittedEncoder:
-    """Encoder of coefficients that were fitted from a consortium's sums.
+    """Make an encoder of coefficients that were fitted from a consortium's sums.
 
     Parameters
     ----------

@@ -325,7 +325,7 @@ def _lbfgs(
 
 
 def _choose_steps(data: _Data, survival: Outcome, spec: EncoderSpec, seed: int) -> int:
-    """Return the number of AdamW steps with the least held-out loss over the inner folds; may be 0."""
+    """Return the number of AdamW steps, perhaps 0, with the least loss held out of inner folds."""
     if spec.model in ("linear", "mean_pooling") or spec.max_steps == 0:
         return 0
     learners = []

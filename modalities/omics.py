@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
 
 EXTRACTOR_VERSION = 1
 """Raised when the same counts and spec would give other features."""
+
+_DAMAGE = (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError)
+"""What h5py and anndata raise for a file that is damaged or laid out in another way."""
 
 _BLOCK_ROWS = 128  # 128 patients of 60,000 genes are 60 MB in float64
 _LOG_CEILING = 50.0  # log2 of 1e15: no logged expression is above it
@@ -199,14 +201,14 @@ def extract(
     return table, exclusions
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[h5py.File]:
-    if not path.exists():
-        raise DataError("missing_file", "counts: found no file, needed .h5ad; correct its path")
+def _open(path: Path) -> h5py.File:
     try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except (OSError, RuntimeError):  # what h5py raises for a damaged file, at opening or later
+        return h5py.File(path, "r")
+    except FileNotFoundError:
+        raise DataError(
+            "missing_file", "counts: found no file, needed .h5ad; correct its path"
+        ) from None
+    except OSError:
         raise _not_anndata("a damaged file or another format") from None
 
 
@@ -232,7 +234,7 @@ def _names(file: h5py.File, axis: str) -> tuple[str, ...]:
         index = file[axis][file[axis].attrs["_index"]]
         if index.attrs["encoding-type"] in _INDEX_ENCODINGS:
             return tuple(map(str, ad.io.read_elem(index)))
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except _DAMAGE:
         pass
     raise _not_anndata(f"no names in {axis}") from None
 
@@ -246,7 +248,7 @@ def _matrix(element: h5py.Dataset | h5py.Group) -> Any:
             return backed
         matrix = backed.to_memory()
         matrix.check_format(full_check=True)
-    except (KeyError, TypeError, ValueError):
+    except _DAMAGE:
         raise _not_anndata("a sparse matrix that does not hold together") from None
     return matrix.tocsr()  # by rows, as it is read
 
@@ -350,18 +352,19 @@ def _blocks(
     ordered = sorted(rows.items(), key=itemgetter(1))
     for _, group in groupby(ordered, key=lambda item: item[1] // _BLOCK_ROWS):
         patients, numbers = zip(*group, strict=True)
-        block = matrix[numbers[0] : numbers[-1] + 1]
-        if not isinstance(block, np.ndarray):
-            block = _dense(block)
+        block = _dense(matrix, numbers[0], numbers[-1] + 1)
         yield list(patients), block[np.array(numbers) - numbers[0]].astype(np.float64)
 
 
-def _dense(block: Any) -> NDArray[Any]:
+def _dense(matrix: Any, start: int, stop: int) -> NDArray[Any]:
     try:
+        block = matrix[start:stop]
+        if isinstance(block, np.ndarray):
+            return block
         block.check_format(full_check=True)  # toarray would write outside its memory
-    except ValueError:
-        raise _not_anndata("a sparse matrix that does not hold together") from None
-    return block.toarray()
+        return block.toarray()
+    except _DAMAGE:
+        raise _not_anndata("counts that cannot be read to the end") from None
 
 
 def _faults(block: NDArray[np.float64], min_total_counts: int) -> list[tuple[str, str] | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anndata as ad
 import numpy as np
@@ -14,6 +14,9 @@ from pydantic import ValidationError
 
 from modalities.clinical import ClinicalSpec, Registry, extract, read_registry
 from modalities.cohort import DataError, Exclusion
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SPEC = ClinicalSpec(
     numeric=("age",),

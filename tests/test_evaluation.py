@@ -242,7 +242,7 @@ def test_brier_counts_a_site_only_as_far_as_it_is_followed():
     pooled = ev.brier_score(parts)
     np.testing.assert_allclose(pooled[3:], ev.brier_score(parts[1])[3:])
     assert np.isnan(ev.brier_score(parts[0])[-1])
-    with pytest.raises(ValueError, match="^times: found one to which no patient"):
+    with pytest.raises(ValueError, match=r"^times: found one to which no patient"):
         ev.integrated_brier_score(parts[0], TIMES)
     assert ev.integrated_brier_score(parts, TIMES).standard_error == pytest.approx(
         ev.integrated_brier_score(parts[1], TIMES).standard_error
@@ -272,7 +272,7 @@ def test_integrated_brier_error_is_that_of_a_mean_without_censoring():
 @pytest.mark.parametrize("grid", [[100.0], [1.0, 2.0], [30.0, 100.0, 100.0, 400.0, 700.0]])
 def test_integrated_brier_needs_the_grid_of_the_sums(grid):
     x, event, time = make_site(0)
-    with pytest.raises(ValueError, match="^times"):
+    with pytest.raises(ValueError, match=r"^times"):
         ev.integrated_brier_score(brier(survival_of(x), event, time), grid)
 
 
@@ -377,7 +377,7 @@ def test_a_site_without_pairs_changes_nothing_but_the_count_of_patients():
 
 
 def test_no_sums_at_all():
-    with pytest.raises(ValueError, match="^sums: found none"):
+    with pytest.raises(ValueError, match=r"^sums: found none"):
         ev.concordance_index([])
 
 
@@ -443,9 +443,9 @@ def test_sums_travel_as_vectors(name):
     added = type(first).from_vector(vector + second.to_vector(), **SHAPES.get(name, {}))
     assert_same(added, first + second)
     vector[0] = np.nan
-    with pytest.raises(ValueError, match="^vector"):
+    with pytest.raises(ValueError, match=r"^vector"):
         type(first).from_vector(vector, **SHAPES.get(name, {}))
-    with pytest.raises(ValueError, match="^vector"):
+    with pytest.raises(ValueError, match=r"^vector"):
         type(first).from_vector(vector[1:], **SHAPES.get(name, {}))
 
 
@@ -462,7 +462,7 @@ def test_unlike_sums_do_not_add():
     with pytest.raises(TypeError, match="needed PairCounts"):
         pairs + ev.observed_expected([1.0], [True])  # type: ignore[operator]
     x, event, time = make_site(0)
-    with pytest.raises(ValueError, match="^counts: found shape"):
+    with pytest.raises(ValueError, match=r"^counts: found shape"):
         table_of(x, event, time) + table_of(x, event, time, edges=(0, 100))
 
 
@@ -486,17 +486,16 @@ def test_life_table_by_hand():
     assert curves.value[2].tolist() == curves.low[2].tolist() == [1.0, 1.0]
 
 
-def fine_grid(*, events_only):
-    """Site whose censorings, half a day after its events, share no interval with them."""
+def site_on_fine_grid():
+    """Site whose events and censorings share no interval, so that grouping loses nothing."""
     x, event, time = make_site(7, n=150, day=20.0)
     time = np.where(event, time, time + 10.0)
     edges = np.unique(np.concatenate(([0.0], time)))
-    assert events_only == bool(set(time[event]).isdisjoint(time[~event]))
     return x, event, time, edges
 
 
 def test_survival_equals_kaplan_meier_on_a_fine_grid():
-    x, event, time, edges = fine_grid(events_only=True)
+    x, event, time, edges = site_on_fine_grid()
     group = np.digitize(x, [0.0])
     curves = ev.survival_from_life_table(ev.life_table(event, time, group, edges, 2))
     for k in range(2):
@@ -520,7 +519,7 @@ def test_survival_of_a_group_that_dies_out_is_zero():
 
 @pytest.mark.parametrize("cuts", [[0.0], [-0.5, 0.5]])
 def test_log_rank_equals_scikit_survival_on_a_fine_grid(cuts):
-    x, event, time, edges = fine_grid(events_only=True)
+    x, event, time, edges = site_on_fine_grid()
     group = np.digitize(x, cuts)
     table = ev.life_table(event, time, group, edges, len(cuts) + 1)
     found = ev.log_rank_test(ev.log_rank_sums(table))
@@ -553,7 +552,7 @@ def test_log_rank_ignores_an_empty_group():
 )
 def test_log_rank_needs_events_and_two_groups(event, group):
     sums = ev.log_rank_sums(ev.life_table(event, [1.0, 2.0, 3.0], group, [0, 5], 2))
-    with pytest.raises(ValueError, match="^sums: found no event"):
+    with pytest.raises(ValueError, match=r"^sums: found no event"):
         ev.log_rank_test(sums)
 
 
@@ -655,7 +654,7 @@ def test_no_observed_event_still_has_an_upper_bound():
     ratio = ev.observed_expected_ratio(ev.observed_expected([1.0], [False]))
     assert (ratio.value, ratio.low) == (0.0, 0.0)
     assert ratio.high == pytest.approx(-np.log(0.025))
-    with pytest.raises(ValueError, match="^expected: found 0"):
+    with pytest.raises(ValueError, match=r"^expected: found 0"):
         ev.observed_expected_ratio(ev.observed_expected([0.0], [False]))
 
 
@@ -680,19 +679,17 @@ BAD = {
         ("group", lambda a: ev.life_table(EVENT, TIME, a, [0, 9], 1), np.zeros(5)),
         ("cumulative_hazard", lambda a: ev.observed_expected(a, EVENT), TIME),
         ("time", lambda a: ev.null_brier_sums(EVENT, a, [9.0], CURVE), TIME),
-        ("survival", lambda a: ev.brier_sums(a[:, None], EVENT, TIME, [9.0], CURVE), X * 0),
+        ("survival", lambda a: ev.brier_sums(a.T[:, None], EVENT, TIME, [9.0], CURVE), X * 0),
     ],
 )
 def test_bad_rows_are_named(name, statistic, sites, fault):
-    if name == "survival" and fault == "two columns":
-        pytest.skip("already two-dimensional")
-    with pytest.raises(ValueError, match=f"^{name}: found"):
+    with pytest.raises(ValueError, match=rf"^{name}: found"):
         statistic(BAD[fault](sites.astype(float)))
 
 
 @pytest.mark.parametrize("event", [[1.0, np.nan], [0, 2], ["a", "b"], [[True], [False]]])
 def test_bad_events_are_named(event):
-    with pytest.raises(ValueError, match="^event: found"):
+    with pytest.raises(ValueError, match=r"^event: found"):
         ev.pair_counts([0.0, 1.0], event, [1.0, 2.0])
 
 
@@ -718,14 +715,14 @@ def test_bad_events_are_named(event):
     ],
 )
 def test_values_out_of_range_are_named(name, call):
-    with pytest.raises(ValueError, match=f"^{name}: "):
+    with pytest.raises(ValueError, match=rf"^{name}: "):
         call()
 
 
 def test_an_event_that_cannot_be_weighted_is_refused():
     # the curve is zero at day 9, when the last two leave
     event, time = np.array([True, True, False]), np.array([3.0, 9.0, 9.0])
-    with pytest.raises(ValueError, match="^censoring: found probability zero"):
+    with pytest.raises(ValueError, match=r"^censoring: found probability zero"):
         uno([3.0, 2.0, 1.0], event, time, tau=100.0)
     assert uno([3.0, 2.0, 1.0], event, time, tau=9.0).n_events == 1.0
 
@@ -734,14 +731,13 @@ def test_single_patients_and_empty_sites_have_sums():
     for n in (0, 1):
         x, event, time = np.zeros(n), np.ones(n, dtype=bool), np.full(n, 5000.0)
         for statistic in SITE_STATISTICS.values():
-            edges_fit = statistic(x, event, time)
-            assert np.isfinite(edges_fit.to_vector()).all()
+            assert np.isfinite(statistic(x, event, time).to_vector()).all()
 
 
 @pytest.mark.parametrize(
     ("n_events", "shown", "total_shown"),
     [
-        ({}, "", True),
+        ({}, "", False),
         ({"a": 50, "b": 60}, "ab", True),
         ({"a": 4, "b": 50, "c": 60}, "c", True),  # b hides a
         ({"a": 4, "b": 50}, "b", False),  # no other to hide a
@@ -757,8 +753,7 @@ def test_single_patients_and_empty_sites_have_sums():
     ],
 )
 def test_visible_sites(n_events, shown, total_shown):
-    found = ev.visible_sites(n_events, min_events=10)
-    assert found == (frozenset(shown), total_shown if n_events else False)
+    assert ev.visible_sites(n_events, min_events=10) == (frozenset(shown), total_shown)
 
 
 @given(
@@ -803,20 +798,23 @@ def test_real_sites_pool_to_pairs_within_site(shared_data):
         np.array([float(row[name]) for row in table]) for name in ("age_at_index", "E", "T")
     )
     sites = [(x[s], event[s] == 1, time[s]) for s in (region == name for name in np.unique(region))]
+    compared = 0
     for site in sites:
-        outcome = Surv.from_arrays(site[1], site[2])
         horizon = float(np.quantile(site[2], 0.7))
-        harrell, weighted, dynamic = (
-            ev.concordance_index(counts).value
-            for counts in (ev.pair_counts(*site), uno(*site, horizon), auc(*site, horizon))
-        )
-        assert harrell == pytest.approx(
-            concordance_index_censored(site[1], site[2], site[0])[0], **EXACT
-        )
+        dynamic = auc(*site, horizon)
+        if not dynamic.comparable:
+            continue  # a small region without an event by the horizon
+        compared += 1
+        outcome = Surv.from_arrays(site[1], site[2])
+        expected = concordance_index_censored(site[1], site[2], site[0])[0]
+        found = ev.concordance_index(ev.pair_counts(*site)).value
+        assert found == pytest.approx(expected, **EXACT)
         expected = concordance_index_ipcw(outcome, outcome, site[0], tau=horizon)[0]
-        assert weighted == pytest.approx(expected, **EXACT)
+        found = ev.concordance_index(uno(*site, horizon)).value
+        assert found == pytest.approx(expected, **EXACT)
         expected = cumulative_dynamic_auc(outcome, outcome, site[0], [horizon])[1]
-        assert dynamic == pytest.approx(expected, **EXACT)
+        assert ev.concordance_index(dynamic).value == pytest.approx(expected, **EXACT)
+    assert compared >= 4
     pooled = ev.concordance_index([ev.pair_counts(*site) for site in sites])
     concordant, comparable = brute_force_pairs(sites)
     assert pooled.value == pytest.approx(concordant / comparable, **EXACT)

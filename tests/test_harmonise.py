@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import typing
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +15,9 @@ from sklearn.preprocessing import StandardScaler
 
 from modalities.cohort import DataError
 from modalities.harmonise import Harmonisation, SiteScaler, fit_site_scaler
+
+if typing.TYPE_CHECKING:
+    from pathlib import Path
 
 TABLES = hnp.arrays(
     np.float64,

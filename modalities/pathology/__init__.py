@@ -1,7 +1,8 @@
 """Whole-slide images to bags of tile embeddings.
 
-The line: ``reader`` opens a slide and knows its scale, ``tissue`` finds what is not glass,
-``tiles`` lays the grid and reads it, ``encoder`` embeds (``network``), ``bags`` writes, ``extract`` runs it all.
+The line: ``reader`` opens a slide and knows its scale, ``tissue`` tells tissue from glass,
+``tiles`` lays the grid and reads it, ``encoder`` and ``network`` embed, ``bags`` writes,
+``slides`` runs it all.
 """
 
 from modalities.pathology.bags import Bag, is_current, read_bag
@@ -11,7 +12,7 @@ from modalities.pathology.encoder import (
     check_encoder_name,
     load_tile_encoder,
 )
-from modalities.pathology.extract import (
+from modalities.pathology.slides import (
     SlideOutcome,
     check_slide,
     digest_slide,

@@ -66,8 +66,8 @@ def extract_volume(
     Raises
     ------
     DataError
-        ``mask_geometry``; ``empty_mask``; ``mask_too_small``; ``flat_scan`` if a scan to normalise has no contrast;
-        ``extraction_failed`` if the library stops or a feature is not finite.
+        ``mask_geometry``; ``empty_mask``; ``mask_too_small``; ``flat_scan`` if a scan to normalise
+        has no contrast; ``extraction_failed`` if a feature is missing or not finite.
     """
     import SimpleITK as sitk
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -131,18 +132,26 @@ def read_file(path: Path, *, code: str) -> sitk.Image:
     """Read a volume from a single file; raise `DataError` with ``code`` if that fails."""
     reader = open_file(path, code=code)
     try:
-        if path.suffix.lower() == ".gz":
-            _check_gzip(path)
+        _check_whole(reader, path)
         return reader.Execute()
     except (RuntimeError, OSError, EOFError, zlib.error):
         raise _unreadable(code) from None
 
 
-def _check_gzip(path: Path) -> None:
-    # the NIfTI reader takes a cut-off stream for a volume whose rest is empty
+def _check_whole(reader: sitk.ImageFileReader, path: Path) -> None:
+    # the NIfTI reader takes a cut-off file for a volume whose rest is empty
+    packed = path.suffix.lower() == ".gz"
+    found_bytes = _unpacked_bytes(path) if packed else path.stat().st_size
+    if (path.with_suffix("") if packed else path).suffix.lower() == ".nii":
+        voxels = math.prod(reader.GetSize())
+        needed_bytes = voxels * int(reader.GetMetaData("bitpix")) // 8
+        if found_bytes < needed_bytes + int(float(reader.GetMetaData("vox_offset"))):
+            raise EOFError
+
+
+def _unpacked_bytes(path: Path) -> int:
     with gzip.open(path) as stream:
-        while stream.read(_GZIP_CHUNK_BYTES):
-            pass
+        return sum(len(chunk) for chunk in iter(lambda: stream.read(_GZIP_CHUNK_BYTES), b""))
 
 
 def _check_exists(path: Path) -> None:

@@ -8,7 +8,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydicom import dcmread, dcmwrite
+from pydicom import dcmwrite
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.tag import Tag
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _INTERCEPT_HU = -1024
+# Encoding a data set takes the library milliseconds. A series is encoded once, without its pixels,
+# and what differs between its images is written over these values of equal width.
+_POSITION = "+9999.999\\+9999.999\\+9999.999"
+_NUMBER = b"\x20\x00\x13\x00IS\x04\x009999"
+_PIXEL_DATA = b"\xe0\x7f\x10\x00OW\x00\x00"
 _DETACHED_STUDY = UID("1.2.840.10008.3.1.2.3.1")
 
 
@@ -45,14 +50,14 @@ class Series:
 
 def _uid(*parts: str) -> UID:
     """Identifier derived from names, so that the same simulation has the same identifiers."""
-    digest = hashlib.sha256("/".join(parts).encode()).digest()
-    return UID(f"2.25.{int.from_bytes(digest[:16], 'big')}")
+    digest = int(hashlib.sha256("/".join(parts).encode()).hexdigest(), 16)
+    # All of the same length, and within the 128 bits that follow 2.25.
+    return UID(f"2.25.{10**38 + digest % 10**38}")
 
 
 def _study(name: str, patient_id: str) -> Dataset:
     """Attributes of patient, study and equipment; what would identify is empty or absent."""
     study = Dataset()
-    study.SpecificCharacterSet = "ISO_IR 192"
     study.PatientName = ""
     study.PatientID = patient_id
     study.PatientBirthDate = ""
@@ -89,7 +94,7 @@ def _write(target: Path, content: bytes) -> None:
 
 def _as_encoded(dataset: Dataset) -> Dataset:
     """Mark a dataset as holding explicit little-endian bytes, so that raw elements stay raw."""
-    dataset.set_original_encoding(False, True)
+    dataset.set_original_encoding(False, True, "iso8859")
     return dataset
 
 
@@ -123,31 +128,32 @@ def write_series(
     patient_id
         Pseudonym, the only identity in the files.
     """
-    # Read back, the elements are raw bytes, which are written again without being parsed.
-    image = dcmread(BytesIO(_encoded(_image(volume, spacing_mm, name, patient_id))))
     x, y, z = origin_mm(volume.shape, spacing_mm)
+    template = _encoded(_image(volume.shape, spacing_mm, name, patient_id))
     uids = tuple(_uid(name, "image", str(number)) for number in range(len(volume)))
     stored = (volume.astype(np.int32) - _INTERCEPT_HU).astype("<u2")
     for number, uid in enumerate(uids):
-        image.SOPInstanceUID = uid
-        image.InstanceNumber = number + 1
-        image.ImagePositionPatient = [
-            round(x, 3),
-            round(y, 3),
-            round(z + number * spacing_mm[2], 3),
-        ]
-        image[Tag("PixelData")] = _raw("PixelData", "OW", stored[number].tobytes())
-        _write(folder / f"{number + 1:03d}.dcm", _encoded(image))
+        position = f"{x:+09.3f}\\{y:+09.3f}\\{z + number * spacing_mm[2]:+09.3f}"
+        content = (
+            template.replace(_uid(name).encode(), uid.encode())
+            .replace(_POSITION.encode(), position.encode())
+            .replace(_NUMBER, _NUMBER[:-4] + b"%04d" % (number + 1))
+        )
+        pixels = stored[number].tobytes()
+        header = _PIXEL_DATA + len(pixels).to_bytes(4, "little")
+        _write(folder / f"{number + 1:03d}.dcm", content + header + pixels)
     return Series(name, patient_id, uids, (x, y, z), spacing_mm)
 
 
 def _image(
-    volume: NDArray[np.int16], spacing_mm: tuple[float, float, float], name: str, patient_id: str
+    shape: tuple[int, ...], spacing_mm: tuple[float, float, float], name: str, patient_id: str
 ) -> Dataset:
-    """All that the images of a series have in common."""
+    """What the images of a series have in common, with values of the same width where they differ."""
     image = _study(name, patient_id)
     image.SOPClassUID = CTImageStorage
-    image.SOPInstanceUID = _uid(name, "image")
+    image.SOPInstanceUID = _uid(name)
+    image.InstanceNumber = _NUMBER[-4:].decode()
+    image.ImagePositionPatient = _POSITION
     image.ImageType = ["DERIVED", "PRIMARY", "AXIAL"]
     image.Modality = "CT"
     image.SeriesInstanceUID = _uid(name, "series")
@@ -162,7 +168,7 @@ def _image(
     image.SliceThickness = spacing_mm[2]
     image.SamplesPerPixel = 1
     image.PhotometricInterpretation = "MONOCHROME2"
-    image.Rows, image.Columns = volume.shape[1:]
+    image.Rows, image.Columns = shape[1:]
     image.BitsAllocated = 16
     image.BitsStored = 16
     image.HighBit = 15

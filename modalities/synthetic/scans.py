@@ -93,7 +93,7 @@ def draw_scan(observed: NDArray[np.float64], scanner: Scanner, rng: np.random.Ge
     mask = _tumour(position, 10.5 * np.exp(0.16 * size), 0.09 * np.exp(0.45 * spicularity), rng)
     texture = _field(rng, shape, 1.8 / spacing)
     density = _SOFT_TISSUE_HU + 16.0 * np.exp(0.42 * heterogeneity) * texture
-    volume = np.where(mask, density, _chest(position, rng, shape, spacing))
+    volume = np.where(mask, density, _chest(position, rng, shape, spacing)).astype(np.float32)
     volume = gaussian_filter(volume, np.array([0.3, 1.0, 1.0]) * scanner.blur_mm / spacing)
     volume += scanner.noise_hu * _field(rng, shape, np.array([0.0, 0.5, 0.5]))
     return Scan(np.round(volume).clip(-1024, 3071).astype(np.int16), mask, scanner.spacing_mm)
@@ -122,15 +122,16 @@ def _tumour(
     """Star-shaped body whose radius varies with direction by a sum of waves on the sphere."""
     direction = rng.standard_normal((_N_WAVES, 3))
     direction *= rng.uniform(5.0, 9.0, (_N_WAVES, 1)) / np.linalg.norm(direction, axis=1)[:, None]
-    phase = rng.uniform(0.0, 2.0 * np.pi, _N_WAVES)
+    phase = rng.uniform(0.0, 2.0 * np.pi, _N_WAVES).astype(np.float32)
     distance = np.linalg.norm(position, axis=0)
-    near = distance < 1.8 * radius_mm
-    unit = (position[:, near] / np.maximum(distance[near], 1e-3)).T
-    wave = np.cos(unit @ direction.T + phase).sum(axis=1) * np.sqrt(2.0 / _N_WAVES)
+    near = distance < 1.5 * radius_mm
+    unit = position[:, near] / np.maximum(distance[near], 1e-3)
+    angle = np.einsum("wk,kn->wn", direction.astype(np.float32), unit) + phase[:, None]
+    wave = np.cos(angle).sum(axis=0) * np.sqrt(2.0 / _N_WAVES)
     mask = np.zeros(distance.shape, dtype=np.bool_)
     mask[near] = distance[near] < radius_mm * np.clip(1.0 + roughness * wave, 0.45, 1.5)
-    for plane in mask:
-        plane[:] = binary_fill_holes(plane)
+    for number in np.flatnonzero(mask.any(axis=(1, 2))):
+        mask[number] = binary_fill_holes(mask[number])
     return mask
 
 

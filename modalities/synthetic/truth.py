@@ -55,7 +55,7 @@ _FACTOR_NAMES = tuple(name for names in FACTORS.values() for name in names)
 _N_FACTORS = len(_FACTOR_NAMES)
 _OTHER_DRAWS = ("age", "sex", "stage", "treatment", "event", "dropout", "follow_up", "missing")
 
-_RELIABILITY = 0.86
+_RELIABILITY = 0.90
 _MISSING_SHARE = 0.25
 _STAGE_CUMULATIVE = (0.28, 0.55, 0.83)
 _SHAPE = 1.2

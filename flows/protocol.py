@@ -1,0 +1,363 @@
+"""The study: what the science is, the same at every site, with no path and no address in it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fusion.encoders import EncoderSpec, random_projection
+from fusion.federation import LOCAL_ENCODERS, PROTOCOL, FederationPlan
+from fusion.privacy import MinimumCounts
+from modalities.clinical import ClinicalSpec
+from modalities.files import fingerprint
+from modalities.omics import OmicsSpec
+from modalities.pathology import PathologySpec, UnknownEncoder, check_encoder_name
+from modalities.radiology import RadiologySpec, feature_names
+from modalities.tabular import TabularSpec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+ModalitySpec = PathologySpec | RadiologySpec | OmicsSpec | ClinicalSpec | TabularSpec
+KINDS: dict[str, type[ModalitySpec]] = {
+    "pathology": PathologySpec,
+    "radiology": RadiologySpec,
+    "omics": OmicsSpec,
+    "clinical": ClinicalSpec,
+    "tabular": TabularSpec,
+}
+SCHEMA_VERSION = 1
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+_STUDY_NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
+Days = Annotated[float, Field(gt=0, le=36525, allow_inf_nan=False)]
+
+
+class ProtocolError(ValueError):
+    """A ``study.toml`` that cannot be run; the message names each key at fault."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StudySection(_Section):
+    """What is studied, and on which time grid."""
+
+    name: str = Field(description="short name, lower case, of the study and its models")
+    endpoint: str = Field(default="overall survival", min_length=1, max_length=200)
+    data: Literal["patients", "public", "simulated"] = Field(
+        default="patients", description="minimum counts may be lowered for the last two only"
+    )
+    horizon_days: Days = Field(description="time of calibration, one of the grid's edges")
+    grid_days: tuple[Days, ...] = Field(
+        min_length=2, max_length=12, description="right ends of the intervals, increasing"
+    )
+    test_fraction: float = Field(default=0.3, gt=0.05, lt=0.6)
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of training and of projections")
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_short(cls, name: str) -> str:
+        if not _STUDY_NAME.fullmatch(name):
+            raise ValueError("needed lower-case letters, digits and hyphens, a letter first")
+        return name
+
+    @model_validator(mode="after")
+    def _grid_is_possible(self) -> Self:
+        if list(self.grid_days) != sorted(set(self.grid_days)):
+            raise ValueError(f"grid_days: found {list(self.grid_days)}, needed increasing days")
+        if self.horizon_days not in self.grid_days:
+            raise ValueError(
+                f"horizon_days: found {self.horizon_days:g}, needed one of grid_days "
+                f"{[f'{d:g}' for d in self.grid_days]}"
+            )
+        return self
+
+
+class FusionSection(_Section):
+    """The late-fusion model."""
+
+    model: Literal["cox"] = Field(
+        default="cox", description="ridge Cox, stratified by site, fitted by federated Newton"
+    )
+    ridge: float = Field(default=0.01, ge=0, le=100, description="penalty per patient")
+    folds: int = Field(default=5, ge=2, le=20, description="folds of cross-fitting")
+
+
+class FederationSection(_Section):
+    """How sums are added."""
+
+    sums: Literal["plain"] = Field(
+        default="plain", description="the coordinator sees each site's sums"
+    )
+
+
+class GateSection(_Section):
+    """What a candidate must reach before anyone is asked to promote it."""
+
+    min_sites: int = Field(default=2, ge=2)
+    min_test_events: int = Field(default=10, ge=1)
+    min_concordance: float = Field(default=0.5, ge=0, le=1)
+
+
+class StudyProtocol(_Section):
+    """A frozen, validated ``study.toml``."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    study: StudySection
+    modality: dict[str, Annotated[ModalitySpec, Field()]]
+    encoder: dict[str, EncoderSpec] = Field(default_factory=dict)
+    fusion: FusionSection = FusionSection()
+    federation: FederationSection = FederationSection()
+    privacy: MinimumCounts = MinimumCounts()
+    gates: GateSection = GateSection()
+
+    @field_validator("modality", mode="before")
+    @classmethod
+    def _spec_of_kind(cls, sections: Any) -> Any:
+        if not isinstance(sections, dict) or not sections:
+            raise ValueError("found none, needed at least one [modality.NAME] section")
+        return {name: _read_spec(name, section) for name, section in sections.items()}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_encoders(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("modality"), dict):
+            given = values.get("encoder", {})
+            if isinstance(given, dict):
+                defaults = {
+                    name: _default_encoder(section)
+                    for name, section in values["modality"].items()
+                    if name not in given
+                }
+                values = {**values, "encoder": {**defaults, **given}}
+        return values
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        clinical = [x for x, spec in self.modality.items() if isinstance(spec, ClinicalSpec)]
+        if len(clinical) != 1:
+            raise ValueError(
+                f"modality: found {len(clinical)} of kind clinical, needed exactly one, which also "
+                "reads the outcome"
+            )
+        for name in self.encoder:
+            if name not in self.modality:
+                raise ValueError(f"encoder.{name}: found no [modality.{name}]")
+        for name in self.modality:
+            self._check_encoder(name)
+        lowered = self.privacy.lowered()
+        if lowered and self.study.data == "patients":
+            raise ValueError(
+                f"privacy.{lowered[0].split()[0]}: found {lowered[0]}; lower minimums are for "
+                "study.data simulated or public only"
+            )
+        return self
+
+    def _check_encoder(self, name: str) -> None:
+        spec, encoder = self.modality[name], self.encoder[name]
+        if encoder.reads_tiles != isinstance(spec, PathologySpec):
+            raise ValueError(
+                f"encoder.{name}.model: found {encoder.model}, needed one that reads "
+                f"{'tiles' if isinstance(spec, PathologySpec) else 'a table'}"
+            )
+        if encoder.sharing == "local":
+            return
+        known = self.feature_names(name)
+        if not known and not encoder.inputs:
+            raise ValueError(
+                f"encoder.{name}.inputs: sharing sums needs the same inputs at every site; name "
+                f"them here or in modality.{name}.columns"
+            )
+        unknown = [x for x in encoder.inputs if known and x not in known]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"encoder.{name}.inputs: found unknown {unknown[0]}{hint}")
+
+    def feature_names(self, name: str) -> tuple[str, ...]:
+        """Names of the features that a modality's extractor gives; empty if a file decides."""
+        spec = self.modality[name]
+        if isinstance(spec, RadiologySpec):
+            return feature_names(spec)
+        if isinstance(spec, OmicsSpec):
+            return tuple(spec.panel) if spec.output == "panel" else tuple(sorted(spec.gene_sets))
+        if isinstance(spec, ClinicalSpec):
+            return spec.feature_names
+        return spec.columns if isinstance(spec, TabularSpec) else ()
+
+    def encoder_inputs(self, name: str) -> tuple[str, ...]:
+        """Names of the inputs of a table encoder, before any projection."""
+        return self.encoder[name].inputs or self.feature_names(name)
+
+    def projection(self, name: str) -> NDArray[np.float64] | None:
+        """(p, k) random projection of a modality shared as sums, or None where p is small."""
+        encoder, n = self.encoder[name], len(self.encoder_inputs(name))
+        if encoder.sharing != "sums" or n <= encoder.max_inputs:
+            return None
+        return random_projection(n, encoder.max_inputs, encoder.projection_seed)
+
+    def sums_inputs(self) -> dict[str, tuple[str, ...]]:
+        """Per modality shared as sums, the names of its encoder's inputs after projection."""
+        found = {}
+        for name, encoder in self.encoder.items():
+            if encoder.sharing == "sums":
+                names = self.encoder_inputs(name)
+                if self.projection(name) is not None:
+                    names = tuple(f"projection_{i}" for i in range(encoder.max_inputs))
+                found[name] = names
+        return found
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names in a fixed order, which is that of the fusion model's inputs."""
+        return tuple(sorted(self.modality))
+
+    @property
+    def clinical(self) -> str:
+        """Name of the modality that reads the registry."""
+        return next(x for x, spec in self.modality.items() if isinstance(spec, ClinicalSpec))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over canonical JSON of everything in the protocol, kinds and defaults included."""
+        values = self.model_dump(mode="json")
+        for name, spec in self.modality.items():
+            values["modality"][name]["kind"] = kind_of(spec)
+        return fingerprint(values)
+
+    def plan(self, run: str) -> FederationPlan:
+        """Give the part that the federation runs on."""
+        sums = self.sums_inputs()
+        return FederationPlan(
+            run=run,
+            protocol=self.fingerprint(),
+            modalities=self.modalities,
+            sums=sums,
+            encoder_ridge={name: self.encoder[name].ridge for name in sums},
+            fusion_ridge=self.fusion.ridge,
+            n_folds=self.fusion.folds,
+            edges_days=self.study.grid_days,
+            horizon_days=self.study.horizon_days,
+            minimum=self.privacy,
+        )
+
+
+def kind_of(spec: ModalitySpec) -> str:
+    """Name of a spec's kind, as written in ``study.toml``."""
+    return next(kind for kind, cls in KINDS.items() if type(spec) is cls)
+
+
+def load_protocol(path: Path) -> StudyProtocol:
+    """Read and validate a ``study.toml``.
+
+    Raises
+    ------
+    ProtocolError
+        If the file is missing or no TOML, a key is unknown, or a value is impossible; the message
+        names every key at fault.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ProtocolError(
+            f"{path.name}: found no such file; write one with `consilium study init NAME`"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"{path.name}: found no valid TOML: {error}") from None
+    return read_protocol(values, source=path.name)
+
+
+def read_protocol(values: dict[str, Any], *, source: str = "study.toml") -> StudyProtocol:
+    """Validate a protocol given as plain values.
+
+    Raises
+    ------
+    ProtocolError
+        As :func:`load_protocol`.
+    """
+    try:
+        return StudyProtocol.model_validate(values)
+    except ValidationError as error:
+        raise ProtocolError(describe_errors(error, source=source)) from None
+
+
+def describe_errors(error: ValidationError, *, source: str) -> str:
+    """One line per key at fault: the key, what was found, what was needed."""
+    return "\n".join(_describe(dict(problem), source) for problem in error.errors())
+
+
+def _describe(problem: dict[str, Any], source: str) -> str:
+    # Names of the classes of a union stand in pydantic's location; a reader knows keys only.
+    keys = [str(x) for x in problem["loc"] if str(x) not in {c.__name__ for c in KINDS.values()}]
+    key = ".".join(keys)
+    if problem["type"] == "extra_forbidden":
+        hint = _hint(keys)
+        return f"{source}: {key}: unknown key{hint}"
+    if problem["type"] == "missing":
+        return f"{source}: {key}: found nothing, needed a value"
+    text = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{source}: {key + '.' if key else ''}{text}" if key else f"{source}: {text}"
+    return f"{source}: {key}: {text[0].lower() + text[1:]}, found {problem['input']!r}"
+
+
+def _hint(keys: list[str]) -> str:
+    section = {
+        "study": StudySection, "fusion": FusionSection, "federation": FederationSection,
+        "privacy": MinimumCounts, "gates": GateSection, "encoder": EncoderSpec,
+    }  # fmt: skip
+    known: list[str] = (
+        list(section[keys[0]].model_fields)
+        if keys[0] in section and len(keys) > 1
+        else list(StudyProtocol.model_fields)
+    )
+    stem = keys[-1].rsplit("_", 1)[0]
+    near = [x for x in known if x.rsplit("_", 1)[0] == stem]
+    near = near or difflib.get_close_matches(keys[-1], known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _read_spec(name: str, section: Any) -> Any:
+    if isinstance(section, tuple(KINDS.values())):
+        return section
+    if not _NAME.fullmatch(name) or name in (PROTOCOL, LOCAL_ENCODERS):
+        raise ValueError(f"{name}: needed a name of lower-case letters, digits and underscores")
+    if not isinstance(section, dict) or section.get("kind") not in KINDS:
+        found = section.get("kind") if isinstance(section, dict) else section
+        raise ValueError(f"{name}.kind: found {found!r}, needed one of {', '.join(KINDS)}")
+    kind = section["kind"]
+    try:
+        spec = KINDS[kind].model_validate({k: v for k, v in section.items() if k != "kind"})
+    except ValidationError as error:
+        raise ValueError(_first_fault(name, error, KINDS[kind])) from None
+    if isinstance(spec, PathologySpec):
+        try:
+            check_encoder_name(spec.encoder)
+        except UnknownEncoder as error:
+            raise ValueError(f"{name}.encoder: {error}") from None
+    return spec
+
+
+def _first_fault(name: str, error: ValidationError, spec: type[BaseModel]) -> str:
+    problem = error.errors()[0]
+    key = ".".join(map(str, problem["loc"]))
+    text = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, list(spec.model_fields), n=1)
+        text = "unknown key" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{name}.{key}: {text}" if key else f"{name}: {text}"
+
+
+def _default_encoder(section: Any) -> dict[str, str]:
+    """Gated attention that stays at the site for slides, linear sums for tables."""
+    kind = section.get("kind") if isinstance(section, dict) else kind_of(section)
+    if kind == "pathology":
+        return {"model": "gated_attention", "sharing": "local"}
+    return {"model": "linear", "sharing": "sums"}

@@ -1,0 +1,144 @@
+"""Where things are: settings of a site and of the coordinator. Local, never logged, never sent."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+SITE_FILE = "site.toml"
+STUDY_FILE = "study.toml"
+
+
+class SettingsError(ValueError):
+    """A ``site.toml`` or an environment variable that cannot be used; the message names the key."""
+
+
+class SiteSettings(BaseSettings):
+    """One site's paths, secret and limits, from ``site.toml`` and ``CONSILIUM_*`` variables.
+
+    A variable wins over the file. Relative paths count from the folder of ``site.toml``.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="CONSILIUM_SITE_", frozen=True, extra="forbid", str_strip_whitespace=True
+    )
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,39}$", description="opaque name of the site")
+    home: Path = Field(description="folder that holds the site's files")
+    manifest: Path = Field(default=Path("manifest.csv"), description="list of raw inputs")
+    clinical: Path = Field(default=Path("clinical.csv"), description="registry export")
+    secret: SecretStr = Field(
+        min_length=32, description="key of the site's digests and of its train/test split"
+    )
+    batch_size: int = Field(default=64, ge=1, le=10_000, description="inputs per Prefect task")
+    threads: int = Field(
+        default_factory=lambda: max(1, os.cpu_count() or 1),
+        ge=1,
+        le=1024,
+        description="CPU threads",
+    )
+
+    @field_validator("manifest", "clinical")
+    @classmethod
+    def _expand(cls, path: Path) -> Path:
+        return path.expanduser()
+
+    @property
+    def key(self) -> bytes:
+        """The secret as bytes, for keyed hashes."""
+        return self.secret.get_secret_value().encode()
+
+    def path(self, *parts: str | Path) -> Path:
+        """Give a path below the site's home; an absolute part stays as it is."""
+        return self.home.joinpath(*parts)
+
+
+def load_site(path: Path) -> SiteSettings:
+    """Read a ``site.toml``.
+
+    Raises
+    ------
+    SettingsError
+        If it is missing or no TOML, or a key is unknown, missing or impossible.
+    """
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(
+            f"{SITE_FILE}: found no such file; write one with `consilium site init`"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{SITE_FILE}: found no valid TOML: {error}") from None
+    overridden = {
+        key for key in SiteSettings.model_fields if f"CONSILIUM_SITE_{key.upper()}" in os.environ
+    }
+    given = {k: v for k, v in values.items() if k not in overridden}
+    if "home" not in values and "home" not in overridden:
+        given["home"] = path.parent.resolve()
+    try:
+        return SiteSettings(**given)
+    except ValidationError as error:
+        raise SettingsError(_faults(error)) from None
+
+
+def _faults(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(map(str, problem["loc"]))
+        text = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].lower()
+        lines.append(f"{SITE_FILE}: {key}: {text}")  # never the value: it may be the secret
+    return "\n".join(lines)
+
+
+class Workspace(BaseSettings):
+    """A folder with a study and its sites, found through ``CONSILIUM_ROOT``.
+
+    Flows know sites and studies by name only, because their parameters reach a server; this is
+    where a name becomes a path. One hospital has its own ``site.toml`` in the folder; a simulated
+    consortium has one subfolder per site.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="CONSILIUM_", frozen=True, extra="ignore")
+
+    root: Path = Field(default_factory=Path.cwd, description="folder with study.toml")
+    tracking_uri: str | None = Field(
+        default=None, description="MLflow tracking server; a SQLite file below root by default"
+    )
+
+    @property
+    def study_file(self) -> Path:
+        """The protocol."""
+        return self.root / STUDY_FILE
+
+    @property
+    def mlflow_uri(self) -> str:
+        """Where MLflow keeps the consortium's runs and models."""
+        return self.tracking_uri or f"sqlite:///{(self.root / 'mlflow.db').resolve()}"
+
+    def site_names(self) -> list[str]:
+        """Names of the sites below the folder, sorted."""
+        if (self.root / SITE_FILE).is_file():
+            return [load_site(self.root / SITE_FILE).name]
+        return sorted(p.parent.name for p in self.root.glob(f"*/{SITE_FILE}"))
+
+    def site(self, name: str) -> SiteSettings:
+        """Settings of one site.
+
+        Raises
+        ------
+        SettingsError
+            If there is no such site, or its file is faulty.
+        """
+        below = self.root / name / SITE_FILE
+        settings = load_site(below if below.is_file() else self.root / SITE_FILE)
+        if settings.name != name:
+            raise SettingsError(
+                f"{SITE_FILE}: name: found {settings.name}, needed {name}; the folder and the "
+                "file disagree"
+            )
+        return settings
