@@ -7,7 +7,6 @@ import re
 import tomllib
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fusion.encoders import EncoderSpec, random_projection
@@ -23,6 +22,7 @@ from modalities.tabular import TabularSpec
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
 
 ModalitySpec = PathologySpec | RadiologySpec | OmicsSpec | ClinicalSpec | TabularSpec
@@ -33,7 +33,6 @@ KINDS: dict[str, type[ModalitySpec]] = {
     "clinical": ClinicalSpec,
     "tabular": TabularSpec,
 }
-SCHEMA_VERSION = 1
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _STUDY_NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 Days = Annotated[float, Field(gt=0, le=36525, allow_inf_nan=False)]
@@ -110,7 +109,7 @@ class GateSection(_Section):
 class StudyProtocol(_Section):
     """A frozen, validated ``study.toml``."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     study: StudySection
     modality: dict[str, Annotated[ModalitySpec, Field()]]
     encoder: dict[str, EncoderSpec] = Field(default_factory=dict)
@@ -129,16 +128,19 @@ class StudyProtocol(_Section):
     @model_validator(mode="before")
     @classmethod
     def _default_encoders(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("modality"), dict):
-            given = values.get("encoder", {})
-            if isinstance(given, dict):
-                defaults = {
-                    name: _default_encoder(section)
-                    for name, section in values["modality"].items()
-                    if name not in given
-                }
-                values = {**values, "encoder": {**defaults, **given}}
-        return values
+        """Give every modality an encoder, and every encoder its kind's harmonisation."""
+        sections = values.get("modality") if isinstance(values, dict) else None
+        given = values.get("encoder", {}) if isinstance(values, dict) else None
+        if not isinstance(sections, dict) or not isinstance(given, dict):
+            return values
+        encoders = dict(given)
+        for name, section in sections.items():
+            default = _default_encoder(section)
+            if name not in encoders:
+                encoders[name] = default
+            elif isinstance(encoders[name], dict):
+                encoders[name] = {"harmonise": default["harmonise"], **encoders[name]}
+        return {**values, "encoder": encoders}
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
@@ -171,6 +173,11 @@ class StudyProtocol(_Section):
         if encoder.sharing == "local":
             return
         known = self.feature_names(name)
+        if self.projection(name) is not None and encoder.harmonise == "none":
+            raise ValueError(
+                f"encoder.{name}.harmonise: found none, needed site, because "
+                f"{len(self.encoder_inputs(name))} inputs are projected to {encoder.max_inputs}"
+            )
         if not known and not encoder.inputs:
             raise ValueError(
                 f"encoder.{name}.inputs: sharing sums needs the same inputs at every site; name "
@@ -226,7 +233,7 @@ class StudyProtocol(_Section):
         return next(x for x, spec in self.modality.items() if isinstance(spec, ClinicalSpec))
 
     def fingerprint(self) -> str:
-        """SHA-256 over canonical JSON of everything in the protocol, kinds and defaults included."""
+        """SHA-256 over canonical JSON of the whole protocol, kinds and defaults included."""
         values = self.model_dump(mode="json")
         for name, spec in self.modality.items():
             values["modality"][name]["kind"] = kind_of(spec)
@@ -309,7 +316,7 @@ def _describe(problem: dict[str, Any], source: str) -> str:
 
 
 def _hint(keys: list[str]) -> str:
-    section = {
+    section: dict[str, type[BaseModel]] = {
         "study": StudySection, "fusion": FusionSection, "federation": FederationSection,
         "privacy": MinimumCounts, "gates": GateSection, "encoder": EncoderSpec,
     }  # fmt: skip
@@ -359,5 +366,7 @@ def _default_encoder(section: Any) -> dict[str, str]:
     """Gated attention that stays at the site for slides, linear sums for tables."""
     kind = section.get("kind") if isinstance(section, dict) else kind_of(section)
     if kind == "pathology":
-        return {"model": "gated_attention", "sharing": "local"}
-    return {"model": "linear", "sharing": "sums"}
+        return {"model": "gated_attention", "sharing": "local", "harmonise": "none"}
+    # Age and stage mean the same everywhere; measurements carry their machine's level.
+    harmonise = "none" if kind == "clinical" else "site"
+    return {"model": "linear", "sharing": "sums", "harmonise": harmonise}

@@ -260,6 +260,11 @@ class Preparation:
     gain: Floats
     basis: Floats | None = None
 
+    def __post_init__(self) -> None:
+        if self.basis is not None:
+            # A product's rounding follows the memory order, which bytes do not keep.
+            object.__setattr__(self, "basis", np.array(self.basis, order="C"))
+
     @property
     def n_inputs(self) -> int:
         """Features per row that come in."""
@@ -525,13 +530,15 @@ class FittedEncoder:
     def log_hazard(self, inputs: Inputs) -> Floats:
         """(n,) standardised log hazard; higher is worse, 0 is the mean training patient.
 
-        A patient's value does not depend on who else is in ``inputs``.
+        A patient's value does not depend, beyond rounding, on who else is in ``inputs``.
 
         Raises
         ------
         DataError
             If the inputs are not of the kind and width of the training inputs.
         """
+        if self.spec.reads_tiles:
+            inputs = _bags(inputs)  # one bag alone must not pass for a table of patients
         with reproducible_torch(), torch.no_grad():
             raw = raw_log_hazard(self.network, self.preparation, inputs)
         return (raw - self.centre) / self.scale

@@ -359,6 +359,9 @@ def uno_pair_counts(
 ) -> PairCounts:
     """Pairs of one site for Uno's concordance, weighted by the inverse squared censoring curve.
 
+    Where the curve falls to zero on the day of the last event, that event has no weight and starts
+    no pair, as if ``tau`` were that day.
+
     Parameters
     ----------
     log_hazard
@@ -375,8 +378,7 @@ def uno_pair_counts(
     Raises
     ------
     ValueError
-        If an argument has a missing value or another length, or the censoring curve is zero at an
-        event before ``tau``.
+        If an argument has a missing value or another length, or ``tau`` is not positive.
 
     References
     ----------
@@ -385,7 +387,7 @@ def uno_pair_counts(
     event, time = _outcome(event, time)
     if not tau > 0.0:
         raise ValueError(f"tau: found {tau}, needed a positive number of days")
-    first = np.flatnonzero(event & (time < tau))
+    first = np.flatnonzero(event & (time < tau) & (censoring.at(time) > 0.0))
     return _count_pairs(
         _values(log_hazard, "log_hazard", time.shape),
         first,
@@ -1013,8 +1015,8 @@ def _inverse_probability(censoring: CensoringCurve, time: Floats) -> Floats:
     probability = censoring.at(time)
     if (probability <= 0.0).any():
         raise ValueError(
-            "censoring: found probability zero at an event, needed a positive one; "
-            "shorten tau or the horizon to the follow-up"
+            "censoring: found probability zero at an event, needed the curve of the "
+            "same site, or a horizon within its follow-up"
         )
     return 1.0 / probability
 

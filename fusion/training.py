@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
 from fusion.encoders import (
     EncoderSpec,
     FittedEncoder,
@@ -268,6 +269,7 @@ class _Learner:
                 {"params": rest, "weight_decay": spec.weight_decay},
             ],
             lr=spec.learning_rate,
+            fused=True,
         )
 
     def step(self) -> None:
@@ -321,7 +323,7 @@ def _lbfgs(
         return loss
 
     optimiser.step(_closure)
-    return weights.detach(), float(_closure())
+    return weights.detach(), float(_closure().detach())
 
 
 def _choose_steps(data: _Data, survival: Outcome, spec: EncoderSpec, seed: int) -> int:

@@ -127,7 +127,7 @@ class Workspace(BaseSettings):
         return sorted(p.parent.name for p in self.root.glob(f"*/{SITE_FILE}"))
 
     def site(self, name: str) -> SiteSettings:
-        """Settings of one site.
+        """Read the settings of one site.
 
         Raises
         ------

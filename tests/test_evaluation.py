@@ -386,8 +386,7 @@ def test_no_sums_at_all():
 def test_order_of_patients_does_not_matter(site, random):
     order = list(range(len(site[0])))
     random.shuffle(order)
-    for name in ("pairs", "auc", "brier", "life table", "log rank", "calibration", "observed"):
-        statistic = SITE_STATISTICS[name]
+    for statistic in SITE_STATISTICS.values():
         assert_same(statistic(*site), statistic(*(c[order] for c in site)), rel=1e-10)
 
 
@@ -719,12 +718,18 @@ def test_values_out_of_range_are_named(name, call):
         call()
 
 
-def test_an_event_that_cannot_be_weighted_is_refused():
+def test_an_event_without_weight_starts_no_pair():
     # the curve is zero at day 9, when the last two leave
     event, time = np.array([True, True, False]), np.array([3.0, 9.0, 9.0])
+    x = np.array([3.0, 2.0, 1.0])
+    assert uno(x, event, time, tau=100.0) == uno(x, event, time, tau=9.0)
+    assert uno(x, event, time, tau=100.0).n_events == 1.0
+
+
+def test_the_curve_of_another_site_is_refused_where_it_has_ended():
+    curve = ev.censoring_curve([False], [50.0])
     with pytest.raises(ValueError, match=r"^censoring: found probability zero"):
-        uno([3.0, 2.0, 1.0], event, time, tau=100.0)
-    assert uno([3.0, 2.0, 1.0], event, time, tau=9.0).n_events == 1.0
+        ev.auc_pair_counts([1.0, 0.0], [True, False], [60.0, 90.0], curve, 70.0)
 
 
 def test_single_patients_and_empty_sites_have_sums():

@@ -241,7 +241,7 @@ class SiteStudy:
             self._scaling[design] = (request.mean[row, :p], request.scale[row, :p])
         return m.Done()
 
-    def _design(self, fit: str) -> tuple[Floats, NDArray[np.bool_]]:
+    def design(self, fit: str) -> tuple[Floats, NDArray[np.bool_]]:
         """(n, p) inputs of a fit and (n_train,) which training rows stand behind them."""
         design, _, fold = fit.partition("/")
         mean, scale = self._scaling[design]
@@ -262,7 +262,7 @@ class SiteStudy:
         beta = coefficients[:n_inputs]
         if design in self.plan.sums and not self.contributes(design):
             return CoxSums(0.0, np.zeros(n_inputs), np.zeros((n_inputs, n_inputs)), 0, 0)
-        inputs, rows = self._design(fit)
+        inputs, rows = self.design(fit)
         refusal = self._refusal(self.rows.train.event[rows], n_inputs)
         if refusal is not None:
             raise _Refusal(refusal)

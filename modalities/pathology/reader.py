@@ -99,7 +99,7 @@ def open_slide(path: Path) -> Iterator[Slide]:
         )
     try:
         with openslide.OpenSlide(path) as handle:
-            yield Slide(handle, _slide_mpp(handle.properties))
+            yield Slide(handle, slide_mpp(handle.properties))
     except openslide.OpenSlideUnsupportedFormatError:
         raise _unsupported(path) from None
     except openslide.OpenSlideError:
@@ -139,7 +139,16 @@ def thumbnail(slide: Slide, downsample: float) -> tuple[NDArray[np.uint8], float
     return np.concatenate(bands), level_downsample * factor
 
 
-def _slide_mpp(properties: Mapping[str, str]) -> float:
+def slide_mpp(properties: Mapping[str, str]) -> float:
+    """Micrometres per pixel at level 0, from the first source that gives a plausible value.
+
+    In turn: the stated resolution, the objective's power, the TIFF's own resolution.
+
+    Raises
+    ------
+    DataError
+        ``missing_resolution``.
+    """
     for mpp in (_stated_mpp(properties), _objective_mpp(properties), _tiff_mpp(properties)):
         if _PLAUSIBLE_MPP[0] <= mpp <= _PLAUSIBLE_MPP[1]:
             return mpp

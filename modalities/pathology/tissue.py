@@ -18,7 +18,7 @@ _THUMBNAIL_SIDE_PX = (256, 4096)
 
 # Otsu splits whatever it gets: bounds keep it from halving a slide full of tissue, and from
 # finding tissue in the noise of bare glass.
-_SATURATION_BOUNDS = (0.06, 0.2)
+_SATURATION_BOUNDS = (0.06, 0.15)
 # Saturation of nearly black pixels (pen, edges of the scan) is noise.
 _DARKEST = 30
 _SMALLEST_SIDE_UM = 50.0

@@ -77,7 +77,7 @@ def extract_volume(
     image, region = _prepare(volume, mask, inside, spec)
     check_voxels(int(np.count_nonzero(sitk.GetArrayViewFromImage(region))), spec)
     found = _execute(image, region, spec)
-    values = np.array([float(found[name]) for name in feature_names(spec)])
+    values = np.array([float(found.get(name, np.nan)) for name in feature_names(spec)])
     if (bad := int(np.count_nonzero(~np.isfinite(values)))) > 0:
         raise DataError(
             "extraction_failed",

@@ -62,6 +62,20 @@ class Grid:
         image.SetDirection(self.direction)
 
 
+@dataclass(frozen=True)
+class _Slice:
+    """Header of a DICOM slice.
+
+    ``layout`` is rows, columns, channels, row and column spacing, and the two unit vectors.
+    """
+
+    path: Path
+    series: str
+    frame: str
+    layout: NDArray[np.float64]
+    position_mm: NDArray[np.float64]
+
+
 def grid_of(image: Any) -> Grid:
     """Geometry of an image, or of a reader that has read a header."""
     has_frame = image.HasMetaDataKey(FRAME_KEY)
@@ -189,26 +203,22 @@ def _read_series(folder: Path) -> sitk.Image:
 
 def _scan_series(folder: Path) -> tuple[list[Path], Grid]:
     """Slices of the one series in ``folder`` in the order of their position, and their grid."""
-    named = [
-        (file, header)
-        for file in sorted(folder.iterdir())
-        if _may_be_dicom(file) and (header := _slice_header(file)) is not None
-    ]
-    headers = [header for _, header in named]
-    series = {str(header.get("SeriesInstanceUID", "")) for header in headers}
+    files = sorted(file for file in folder.iterdir() if _may_be_dicom(file))
+    slices = [found for file in files if (found := _slice_of(file)) is not None]
+    series = {found.series for found in slices}
     if len(series) > 1:
         raise DataError(
             "several_series",
             f"DICOM folder: found {len(series)} series, needed one; give each its own folder",
         )
-    if len(named) < 2:
+    if len(slices) < 2:
         raise DataError(
             "not_a_scan",
-            f"DICOM folder: found {len(named)} slices with a position, needed two or more; "
+            f"DICOM folder: found {len(slices)} slices, needed two or more; "
             "export the whole series",
         )
-    order, grid = _series_grid(headers)
-    return [named[i][0] for i in order], grid
+    order, grid = _series_grid(slices)
+    return [slices[i].path for i in order], grid
 
 
 def _may_be_dicom(path: Path) -> bool:
@@ -217,42 +227,53 @@ def _may_be_dicom(path: Path) -> bool:
     return path.is_file() and named_so and path.name[0] != "." and path.name != "DICOMDIR"
 
 
-def _slice_header(path: Path) -> Any:
-    """Header of a slice; None for a DICOM object without a place in the patient."""
+def _slice_of(path: Path) -> _Slice | None:
+    """Read the header of a slice; None for a DICOM object that is no image."""
     import pydicom
     from pydicom.errors import InvalidDicomError
 
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_HEADER_TAGS)
-        is_slice = "ImagePositionPatient" in header and header.get("SamplesPerPixel") == 1
-    except (InvalidDicomError, OSError, EOFError, ValueError, KeyError, TypeError):
+        if "Image Storage" not in header.file_meta.MediaStorageSOPClassUID.name:
+            return None
+        layout = [
+            *(header.Rows, header.Columns, header.SamplesPerPixel),
+            *header.PixelSpacing,
+            *header.ImageOrientationPatient,
+        ]
+        return _Slice(
+            path=path,
+            series=str(header.SeriesInstanceUID),
+            frame=str(header.get("FrameOfReferenceUID", "")),
+            layout=np.reshape(np.array(layout, dtype=float), 11),
+            position_mm=np.reshape(np.array(header.ImagePositionPatient, dtype=float), 3),
+        )
+    except (InvalidDicomError, AttributeError, EOFError, KeyError, OSError, TypeError, ValueError):
         raise DataError(
             "not_a_scan",
-            "DICOM folder: found a file that is not DICOM or is cut off, needed slices only; "
-            "remove it or export the series again",
+            "DICOM folder: found a file that is cut off or no slice with a place in the patient, "
+            "needed slices only; remove it or export the series again",
         ) from None
-    return header if is_slice else None
 
 
-def _series_grid(headers: Sequence[Any]) -> tuple[list[int], Grid]:
-    layout = [
-        np.array([h.Rows, h.Columns, *h.PixelSpacing, *h.ImageOrientationPatient], dtype=float)
-        for h in headers
-    ]
-    if not all(np.allclose(layout[0], other, rtol=0, atol=1e-3) for other in layout):
+def _series_grid(slices: Sequence[_Slice]) -> tuple[list[int], Grid]:
+    first = slices[0].layout
+    if not all(np.allclose(first, other.layout, rtol=0, atol=1e-3) for other in slices):
         raise _irregular("sizes or orientations that differ")
-    _, _, row_mm, column_mm, *orientation = layout[0]
-    across, down = np.reshape(orientation, (2, 3))
+    rows, columns, channels, row_mm, column_mm = first[:5].tolist()
+    if channels != 1:
+        raise DataError("not_a_scan", "DICOM folder: found colour images, needed a scan")
+    across, down = np.reshape(first[5:], (2, 3))
     normal = np.cross(across, down)
-    positions = np.array([h.ImagePositionPatient for h in headers], dtype=float)  # (n, 3)
+    positions = np.array([found.position_mm for found in slices])  # (n, 3)
     order = np.argsort(positions @ normal, kind="stable")
     gap_mm = _even_gap_mm(positions[order], normal)
     grid = Grid(
-        size=(int(headers[0].Columns), int(headers[0].Rows), len(headers)),
-        spacing_mm=(float(column_mm), float(row_mm), gap_mm),
+        size=(int(columns), int(rows), len(slices)),
+        spacing_mm=(column_mm, row_mm, gap_mm),
         origin_mm=tuple(positions[order[0]].tolist()),
         direction=tuple(np.column_stack([across, down, normal]).ravel().tolist()),
-        frame=str(headers[0].get("FrameOfReferenceUID", "")),
+        frame=slices[0].frame,
     )
     return order.tolist(), grid
 

@@ -49,7 +49,7 @@ class Series:
 
 
 def _uid(*parts: str) -> UID:
-    """Identifier derived from names, so that the same simulation has the same identifiers."""
+    """Derive an identifier from names, so that the same simulation has the same identifiers."""
     digest = int(hashlib.sha256("/".join(parts).encode()).hexdigest(), 16)
     # All of the same length, and within the 128 bits that follow 2.25.
     return UID(f"2.25.{10**38 + digest % 10**38}")
@@ -94,7 +94,9 @@ def _write(target: Path, content: bytes) -> None:
 
 def _as_encoded(dataset: Dataset) -> Dataset:
     """Mark a dataset as holding explicit little-endian bytes, so that raw elements stay raw."""
-    dataset.set_original_encoding(False, True, "iso8859")
+    dataset.set_original_encoding(
+        is_implicit_vr=False, is_little_endian=True, character_encoding="iso8859"
+    )
     return dataset
 
 
@@ -148,7 +150,7 @@ def write_series(
 def _image(
     shape: tuple[int, ...], spacing_mm: tuple[float, float, float], name: str, patient_id: str
 ) -> Dataset:
-    """What the images of a series have in common, with values of the same width where they differ."""
+    """Describe a series, with values of a fixed width where its images differ."""
     image = _study(name, patient_id)
     image.SOPClassUID = CTImageStorage
     image.SOPInstanceUID = _uid(name)

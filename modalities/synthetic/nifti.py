@@ -48,10 +48,9 @@ def write_nifti(
     """
     little = np.ascontiguousarray(volume, dtype=volume.dtype.newbyteorder("<"))
     content = _header(volume, spacing_mm) + little.tobytes()
-    with replacing(target) as temporary, temporary.open("wb") as stream:
-        # The name and the time of writing would otherwise enter the gzip header.
-        with gzip.GzipFile("", "wb", compresslevel=4, fileobj=stream, mtime=0) as zipped:
-            zipped.write(content)
+    with replacing(target) as temporary:
+        # The time of writing would otherwise enter the header of the compressed file.
+        temporary.write_bytes(gzip.compress(content, compresslevel=4, mtime=0))
 
 
 def _header(volume: NDArray[np.generic], spacing_mm: tuple[float, float, float]) -> bytes:

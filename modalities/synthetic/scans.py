@@ -1,4 +1,4 @@
-"""Scans: chest CT with one tumour, as a DICOM series with its structure set or as two NIfTI files."""
+"""Scans: chest CT with one tumour, as a DICOM series with structure set or as two NIfTI files."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def draw_slide(
         rng,
     )
     packed = _shade(haematoxylin, _eosin(tissue, stroma, rng), _shades(stain, rng))
-    turned = np.ascontiguousarray(np.rot90(packed, rng.integers(4)))
+    turned = np.ascontiguousarray(np.rot90(packed, int(rng.integers(4))))
     return np.ascontiguousarray(turned.view(np.uint8).reshape(SLIDE_PX, SLIDE_PX, 4)[..., :3])
 
 
@@ -171,7 +171,7 @@ def _eosin_fields() -> NDArray[np.float32]:
 
 @lru_cache(maxsize=1)
 def _polar() -> tuple[NDArray[np.float32], NDArray[np.int16]]:
-    """Distance from the centre in pixels and angle in 1/1024 turns, on a canvas of half the size."""
+    """Distance from the centre in pixels and angle in 1/1024 turns, at half the resolution."""
     size = SLIDE_PX // 2
     y, x = (np.mgrid[:size, :size] - (size - 1) / 2.0) * 2.0
     turn = np.floor(np.arctan2(y, x) / (2.0 * np.pi) * 1024.0).astype(np.int16) % 1024
@@ -244,7 +244,8 @@ def _stamps() -> NDArray[np.float32]:
 def _stamped(kinds: Sequence[_Nuclei], rng: np.random.Generator) -> NDArray[np.float64]:
     """(1024, 1024) haematoxylin: one stamp per nucleus added to an empty canvas, all at once."""
     pixels, values = zip(*(_stamp(nuclei, rng) for nuclei in kinds), strict=True)
-    canvas = np.bincount(np.concatenate(pixels), np.concatenate(values), minlength=SLIDE_PX**2)
+    flat, weights = np.concatenate(pixels), np.concatenate(values)
+    canvas = np.bincount(flat, weights, minlength=SLIDE_PX**2).astype(np.float64, copy=False)
     return canvas.reshape(SLIDE_PX, SLIDE_PX)
 
 

@@ -1,4 +1,4 @@
-"""What is true of the simulated patients: latent factors, registry rows, outcome, and its log hazard."""
+"""What is true of simulated patients: latent factors, registry rows, outcome and log hazard."""
 
 from __future__ import annotations
 

@@ -1,0 +1,374 @@
+"""Raw inputs of a site to feature tables, incrementally: what did not change is not done again."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import anndata as ad
+import numpy as np
+
+from flows.protocol import kind_of
+from modalities.cohort import DataError, Exclusion, ManifestRow, feature_table
+from modalities.files import digest_path, fingerprint, replacing
+from modalities.omics import OmicsSpec, extract_counts
+from modalities.pathology import (
+    PathologySpec,
+    digest_slide,
+    extract_slide,
+    is_current,
+    load_tile_encoder,
+    read_bag,
+)
+from modalities.radiology import RadiologySpec, ScanRow, extract_scans, scan_digest
+from modalities.tabular import TabularSpec, read_table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from flows.protocol import ModalitySpec
+    from modalities.pathology.encoder import TileEncoder
+
+    Advance = Callable[[int], None]
+
+# Batches of one modality add rows to the same table.
+_TABLE = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one modality that one task extracts; ``digests`` go with ``rows``."""
+
+    modality: str
+    number: int
+    rows: tuple[ManifestRow, ...]
+    digests: tuple[str, ...]
+
+
+class Ledger:
+    """Digests of raw inputs, remembered by size and modification time.
+
+    A nightly run over terabytes of slides then reads directory entries only. A file changed in
+    place within its clock's resolution and to the same size goes unseen, as with any such index.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._known: dict[str, list[str]] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            self._known = {}
+
+    def digest(self, row: ManifestRow, spec: ModalitySpec) -> str:
+        """Digest of one row's raw input.
+
+        Raises
+        ------
+        DataError
+            If it cannot be read.
+        """
+        key = "\0".join(map(str, (kind_of(spec), row.path, row.mask_path, row.roi)))
+        signature = _signature(row)
+        known = self._known.get(key)
+        if known is None or known[0] != signature:
+            known = [signature, _digest(row, spec)]
+            self._known[key] = known
+        return known[1]
+
+    def save(self) -> None:
+        """Write the ledger."""
+        with replacing(self._path) as temporary:
+            temporary.write_text(json.dumps(self._known))
+
+
+def _signature(row: ManifestRow) -> str:
+    paths = [row.path] if row.mask_path is None else [row.path, row.mask_path]
+    files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
+    stats = [(str(f), f.stat()) for f in files]
+    return fingerprint([[name, s.st_size, s.st_mtime_ns] for name, s in stats])
+
+
+def _digest(row: ManifestRow, spec: ModalitySpec) -> str:
+    if isinstance(spec, PathologySpec):
+        return digest_slide(row.path)
+    if isinstance(spec, RadiologySpec):
+        if row.mask_path is None:
+            raise DataError("missing_mask", "mask_path is empty, needed the scan's mask")
+        return scan_digest(row.path, row.mask_path, roi=row.roi)
+    return digest_path(row.path)
+
+
+@dataclass(frozen=True)
+class ModalityWork:
+    """What one modality of a site needs: which inputs are pending, and where features go.
+
+    Attributes
+    ----------
+    rows, digests
+        Every readable input with its digest.
+    pending
+        Batches still to do.
+    faults
+        Inputs that could not even be read.
+    """
+
+    modality: str
+    spec: ModalitySpec
+    features: Path
+    rows: tuple[ManifestRow, ...]
+    digests: tuple[str, ...]
+    pending: tuple[Batch, ...]
+    faults: tuple[Exclusion, ...]
+
+    @property
+    def table_path(self) -> Path:
+        """The modality's feature table."""
+        return self.features / f"{self.modality}.h5ad"
+
+
+def plan_modality(
+    modality: str,
+    spec: ModalitySpec,
+    rows: Iterable[ManifestRow],
+    *,
+    features: Path,
+    ledger: Ledger,
+    batch_size: int,
+) -> ModalityWork:
+    """Find which inputs of a modality are new, changed, or were set aside last time."""
+    readable: list[ManifestRow] = []
+    digests: list[str] = []
+    faults: list[Exclusion] = []
+    for row in _one_scan_each(rows, spec, modality, faults):
+        try:
+            digests.append(ledger.digest(row, spec))
+            readable.append(row)
+        except DataError as fault:
+            faults.append(Exclusion(row.patient_id, modality, fault.code, str(fault)))
+        except OSError:
+            faults.append(
+                Exclusion(row.patient_id, modality, "unreadable_file", "the file cannot be read")
+            )
+    done = _done(modality, spec, features)
+    waiting = [
+        (row, digest)
+        for row, digest in zip(readable, digests, strict=True)
+        if not _is_done(row, digest, spec, features / modality, done)
+    ]
+    whole_file = isinstance(spec, OmicsSpec | TabularSpec)
+    if whole_file and waiting:
+        waiting = list(zip(readable, digests, strict=True))
+    size = max(1, len(waiting)) if whole_file else batch_size
+    batches = tuple(
+        Batch(modality, i, *(tuple(x) for x in zip(*waiting[at : at + size], strict=True)))
+        for i, at in enumerate(range(0, len(waiting), size), start=1)
+    )
+    return ModalityWork(
+        modality, spec, features, tuple(readable), tuple(digests), batches, tuple(faults)
+    )
+
+
+def _one_scan_each(
+    rows: Iterable[ManifestRow], spec: ModalitySpec, modality: str, faults: list[Exclusion]
+) -> list[ManifestRow]:
+    """Slides of a patient make one bag; of anything else a patient has one."""
+    if isinstance(spec, PathologySpec):
+        return list(rows)
+    by_patient: dict[str, list[ManifestRow]] = {}
+    for row in rows:
+        by_patient.setdefault(row.patient_id, []).append(row)
+    for patient_id, found in by_patient.items():
+        if len(found) > 1:
+            reason = f"found {len(found)} inputs, needed one; keep one row in the manifest"
+            faults.append(Exclusion(patient_id, modality, "several_inputs", reason))
+    return [found[0] for found in by_patient.values() if len(found) == 1]
+
+
+def _done(modality: str, spec: ModalitySpec, features: Path) -> dict[str, str]:
+    """Per patient, the digest of the input that the modality's table was made from."""
+    table = _read_features(features / f"{modality}.h5ad", spec)
+    if table is None:
+        return {}
+    return dict(zip(table.obs_names, table.obs["source_digest"].astype(str), strict=True))
+
+
+def _is_done(
+    row: ManifestRow, digest: str, spec: ModalitySpec, bags: Path, done: Mapping[str, str]
+) -> bool:
+    if isinstance(spec, PathologySpec):
+        return is_current(
+            _bag_path(row, bags), input_digest=digest, spec_fingerprint=spec.fingerprint()
+        )
+    return done.get(row.patient_id) == digest
+
+
+def _bag_path(row: ManifestRow, bags: Path) -> Path:
+    # Two slides of one name in different folders must not share a bag.
+    return bags / f"{row.path.stem}-{fingerprint(str(row.path))[:8]}.h5"
+
+
+def extract_batch(batch: Batch, spec: ModalitySpec, features: Path) -> list[Exclusion]:
+    """Extract one batch and keep its features; what cannot be used is returned, not raised."""
+    if isinstance(spec, PathologySpec):
+        return _embed_slides(batch, spec, features / batch.modality)
+    if isinstance(spec, RadiologySpec):
+        table, exclusions = _measure_scans(batch, spec)
+    else:
+        table, exclusions = _read_tables(batch, spec)
+    source = dict(zip([r.patient_id for r in batch.rows], batch.digests, strict=True))
+    table.obs["source_digest"] = [source[x] for x in table.obs_names]
+    _add_rows(table, features / f"{batch.modality}.h5ad", spec)
+    return exclusions
+
+
+@lru_cache(maxsize=2)
+def _tile_encoder(spec: PathologySpec) -> TileEncoder:
+    return load_tile_encoder(spec)
+
+
+def _embed_slides(batch: Batch, spec: PathologySpec, bags: Path) -> list[Exclusion]:
+    encoder = _tile_encoder(spec)
+    exclusions = []
+    for row, digest in zip(batch.rows, batch.digests, strict=True):
+        try:
+            extract_slide(row.path, _bag_path(row, bags), spec, encoder, input_digest=digest)
+        except DataError as fault:
+            exclusions.append(Exclusion(row.patient_id, batch.modality, fault.code, str(fault)))
+    return exclusions
+
+
+def _measure_scans(batch: Batch, spec: RadiologySpec) -> tuple[ad.AnnData, list[Exclusion]]:
+    scans = [
+        ScanRow(row.patient_id, row.path, row.mask_path, row.roi, digest)
+        for row, digest in zip(batch.rows, batch.digests, strict=True)
+        if row.mask_path is not None
+    ]
+    return extract_scans(scans, spec, modality=batch.modality)
+
+
+def _read_tables(batch: Batch, spec: ModalitySpec) -> tuple[ad.AnnData, list[Exclusion]]:
+    """Read whole-file modalities, one file after the other."""
+    by_file: dict[Path, list[str]] = {}
+    for row in batch.rows:
+        by_file.setdefault(row.path, []).append(row.patient_id)
+    tables, exclusions = [], []
+    for path, patients in by_file.items():
+        try:
+            table, faults = _read_file(path, patients, spec, batch.modality)
+        except DataError as fault:
+            exclusions += [Exclusion(p, batch.modality, fault.code, str(fault)) for p in patients]
+            continue
+        tables.append(table)
+        exclusions += faults
+    if not tables:
+        none = np.zeros((0, 0))
+        empty = feature_table([], [], none, input_digests=[], spec_fingerprint=spec.fingerprint())
+        return empty, exclusions
+    return _stack(tables), exclusions
+
+
+def _read_file(
+    path: Path, patients: Sequence[str], spec: ModalitySpec, modality: str
+) -> tuple[ad.AnnData, list[Exclusion]]:
+    if isinstance(spec, OmicsSpec):
+        return extract_counts(path, spec, patient_ids=patients, modality=modality)
+    if not isinstance(spec, TabularSpec):
+        raise TypeError(f"spec: found {type(spec).__name__}, needed one that reads whole files")
+    table, exclusions = read_table(path, spec, modality=modality)
+    wanted, found = set(patients), set(table.obs_names) | {e.patient_id for e in exclusions}
+    missing = [
+        Exclusion(p, modality, "missing_in_file", "the table has no row for this patient")
+        for p in patients
+        if p not in found
+    ]
+    kept = [e for e in exclusions if e.patient_id in wanted]
+    return table[table.obs_names.isin(wanted)].copy(), kept + missing
+
+
+def _stack(tables: Sequence[ad.AnnData]) -> ad.AnnData:
+    stacked = ad.concat(tables, join="outer", merge="first", fill_value=np.nan)
+    stacked.uns["spec_fingerprint"] = tables[0].uns["spec_fingerprint"]
+    return stacked
+
+
+def _read_features(path: Path, spec: ModalitySpec) -> ad.AnnData | None:
+    """Read a feature table, or None where there is none of this spec."""
+    try:
+        table = ad.read_h5ad(path)
+    except (OSError, KeyError, ValueError):
+        return None
+    return table if table.uns.get("spec_fingerprint") == spec.fingerprint() else None
+
+
+def _add_rows(table: ad.AnnData, path: Path, spec: ModalitySpec) -> None:
+    with _TABLE:
+        before = _read_features(path, spec)
+        if before is not None and before.n_obs:
+            kept = before[~before.obs_names.isin(table.obs_names)].copy()
+            table = _stack([kept, table]) if table.n_obs else kept
+        _write_features(table[np.sort(table.obs_names)].copy() if table.n_obs else table, path)
+
+
+def _write_features(table: ad.AnnData, path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.unlink()
+        table.write_h5ad(temporary)
+
+
+def collect(work: ModalityWork) -> ad.AnnData | None:
+    """Give a modality's table for the patients in the manifest, or None if nobody has any.
+
+    Features of a patient who left the manifest stay on disk but not in the cohort.
+    """
+    if isinstance(work.spec, PathologySpec):
+        table = _collect_bags(work, work.spec)
+    else:
+        table = _read_features(work.table_path, work.spec)
+    if table is None or table.n_obs == 0:
+        return None
+    current = dict(zip([r.patient_id for r in work.rows], work.digests, strict=True))
+    keep = [
+        isinstance(work.spec, PathologySpec) or current.get(patient_id) == digest
+        for patient_id, digest in zip(table.obs_names, table.obs["source_digest"], strict=True)
+    ]
+    return table[np.array(keep, dtype=bool)].copy() if any(keep) else None
+
+
+def _collect_bags(work: ModalityWork, spec: PathologySpec) -> ad.AnnData | None:
+    """Mean embedding and bag references per patient; kept on disk until a slide changes."""
+    bags = work.features / work.modality
+    fresh: dict[str, list[tuple[Path, str]]] = {}
+    for row, digest in zip(work.rows, work.digests, strict=True):
+        path = _bag_path(row, bags)
+        if is_current(path, input_digest=digest, spec_fingerprint=spec.fingerprint()):
+            fresh.setdefault(row.patient_id, []).append((path, digest))
+    source = {p: fingerprint([[b.name, d] for b, d in found]) for p, found in fresh.items()}
+    known = _read_features(work.table_path, spec)
+    if known is not None and _same(known, source):
+        return known
+    if not fresh:
+        return None
+    means = [np.concatenate([read_bag(b).features for b, _ in f]).mean(0) for f in fresh.values()]
+    table = feature_table(
+        list(fresh),
+        [f"mean_{i}" for i in range(len(means[0]))],
+        np.stack(means),
+        input_digests=list(source.values()),
+        spec_fingerprint=spec.fingerprint(),
+    )
+    table.obs["source_digest"] = list(source.values())
+    table.obs["bag"] = [
+        ";".join(f"{work.modality}/{b.name}" for b, _ in found) for found in fresh.values()
+    ]
+    _write_features(table, work.table_path)
+    return table
+
+
+def _same(table: ad.AnnData, source: Mapping[str, str]) -> bool:
+    return dict(zip(table.obs_names, table.obs["source_digest"].astype(str), strict=True)) == dict(
+        source
+    )

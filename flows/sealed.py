@@ -1,0 +1,63 @@
+"""Keep what a site knows at the site: exceptions reach Prefect's server as a code, never as text."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from logging.handlers import RotatingFileHandler
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_LOG = logging.getLogger("consilium.local")
+_LOG.propagate = False
+
+
+class SiteError(RuntimeError):
+    """A failure at a site, as a code: the function that failed and the exception's type."""
+
+
+def log_to(folder: Path) -> None:
+    """Keep a local log below ``folder``; it holds details and never leaves the site."""
+    target = (folder / "logs" / "consilium.log").resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for handler in list(_LOG.handlers):
+        if isinstance(handler, RotatingFileHandler):
+            if handler.baseFilename == str(target):
+                return
+            _LOG.removeHandler(handler)
+            handler.close()
+    handler = RotatingFileHandler(target, maxBytes=5_000_000, backupCount=3, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _LOG.addHandler(handler)
+    _LOG.setLevel(logging.INFO)
+
+
+def note(error: Exception) -> None:
+    """Write an exception with its traceback to the local log."""
+    _LOG.error("%s", type(error).__name__, exc_info=error)
+
+
+def sealed(body: Callable[P, R]) -> Callable[P, R]:
+    """Wrap the body of a task so that only a code leaves it, and the details stay in the local log.
+
+    Prefect sends an exception's text to its server with the run's state and event.
+    """
+
+    @functools.wraps(body)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return body(*args, **kwargs)
+        except SiteError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            note(error)
+            code = f"{body.__name__}:{type(error).__name__}"
+        raise SiteError(code)
+
+    return wrapped

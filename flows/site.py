@@ -1,0 +1,348 @@
+"""The flows of one site: raw inputs to a cohort, and the cohort to encoders that stay here.
+
+Flows know the study and the site by name only, because parameters reach Prefect's server; what
+tasks are given and return stays in this process.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.extraction import Ledger, ModalityWork, collect, extract_batch, plan_modality
+from flows.inputs import LocalEncoder, site_inputs, train_local
+from flows.progress import Progress
+from flows.protocol import load_protocol
+from flows.sealed import log_to, note, sealed
+from flows.versions import source_digest
+from fusion.encoders import FittedEncoder
+from infra.settings import SiteSettings, Workspace
+from modalities.clinical import read_registry
+from modalities.cohort import (
+    DataError,
+    Exclusion,
+    assemble,
+    assign_splits,
+    keyed_unit,
+    read_cohort,
+    read_manifest,
+    rows_of,
+    write_cohort,
+    write_exclusions,
+)
+from modalities.files import fingerprint, replacing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from anndata import AnnData
+
+    from flows.inputs import SiteInputs
+    from flows.protocol import StudyProtocol
+    from modalities.clinical import Registry
+
+COHORT = "cohort.h5mu"
+EXCLUDED = "excluded.csv"
+ASSIGNMENTS = "assignments.csv"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Counts of a prepared cohort."""
+
+    site: str
+    n_patients: int
+    n_excluded: int
+    n_extracted: int
+
+
+def open_site(study: str, site: str) -> tuple[SiteSettings, StudyProtocol]:
+    """Find a site's settings and the study's protocol by name, through the workspace.
+
+    Raises
+    ------
+    infra.settings.SettingsError, flows.protocol.ProtocolError
+        If either cannot be read.
+    ValueError
+        If the workspace holds another study.
+    """
+    workspace = Workspace()
+    protocol = load_protocol(workspace.study_file)
+    if protocol.study.name != study:
+        raise ValueError(f"study: found {protocol.study.name} in study.toml, needed {study}")
+    settings = workspace.site(site)
+    log_to(settings.home)
+    return settings, protocol
+
+
+@task(
+    name="read-registry", retries=2, retry_delay_seconds=2, cache_policy=NO_CACHE,
+    persist_result=False,
+)  # fmt: skip
+@sealed
+def read_site_registry(
+    settings: SiteSettings, protocol: StudyProtocol
+) -> tuple[Registry, list[Exclusion]]:
+    """Read covariates and outcome; rows that cannot be used are set aside."""
+    spec = protocol.modality[protocol.clinical]
+    return read_registry(settings.path(settings.clinical), spec)  # type: ignore[arg-type]
+
+
+@task(
+    name="list-inputs", retries=2, retry_delay_seconds=2, cache_policy=NO_CACHE,
+    persist_result=False,
+)  # fmt: skip
+@sealed
+def list_inputs(
+    settings: SiteSettings, protocol: StudyProtocol
+) -> tuple[list[ModalityWork], list[Exclusion]]:
+    """Read the manifest and find what is new or changed since the last time."""
+    names = [x for x in protocol.modalities if x != protocol.clinical]
+    rows, exclusions = read_manifest(settings.path(settings.manifest), names)
+    ledger = Ledger(settings.path("features", "digests.json"))
+    works = [
+        plan_modality(
+            name,
+            protocol.modality[name],
+            [row for row in rows if row.modality == name],
+            features=settings.path("features"),
+            ledger=ledger,
+            batch_size=settings.batch_size,
+        )
+        for name in names
+    ]
+    ledger.save()
+    return works, exclusions
+
+
+@task(
+    name="extract-batch", task_run_name="{label}", retries=2, retry_delay_seconds=5,
+    cache_policy=NO_CACHE, persist_result=False,
+)  # fmt: skip
+@sealed
+def extract_site_batch(work: ModalityWork, at: int, label: str) -> list[Exclusion]:
+    """Extract one batch of one modality; ``label`` names modality and batch, no patient."""
+    del label
+    return extract_batch(work.pending[at], work.spec, work.features)
+
+
+@task(name="assemble-cohort", cache_policy=NO_CACHE, persist_result=False)
+@sealed
+def assemble_cohort(
+    settings: SiteSettings,
+    protocol: StudyProtocol,
+    registry: Registry,
+    tables: Mapping[str, AnnData],
+) -> int:
+    """Join all modalities into ``cohort.h5mu``, assign new patients, and return the count."""
+    ids = list(registry.patient_ids)
+    splits = _assign(settings, ids, protocol)
+    outcome = pd.DataFrame(
+        {
+            "event": np.asarray(registry.event, dtype=bool),
+            "time_days": registry.time_days,
+            "split": splits,
+            "fold_unit": [keyed_unit(settings.key, "fold", x) for x in ids],
+        },
+        index=pd.Index(ids, dtype=str),
+    )
+    cohort = assemble(
+        {**tables, protocol.clinical: registry.covariates},
+        outcome,
+        protocol_fingerprint=protocol.fingerprint(),
+    )
+    write_cohort(cohort, settings.path(COHORT))
+    return int(cohort.n_obs)
+
+
+def _assign(settings: SiteSettings, ids: list[str], protocol: StudyProtocol) -> list[str]:
+    """Assign new patients to train or test, and remember every assignment ever made."""
+    path = settings.path(ASSIGNMENTS)
+    known: dict[str, str] = {}
+    if path.is_file():
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        known = dict(zip(table["patient_id"], table["split"], strict=True))
+    splits = assign_splits(
+        ids, secret=settings.key, test_fraction=protocol.study.test_fraction, known=known
+    )
+    merged = known | dict(zip(ids, splits, strict=True))
+    if merged != known:
+        with replacing(path) as temporary:
+            pd.DataFrame(sorted(merged.items()), columns=["patient_id", "split"]).to_csv(
+                temporary, index=False
+            )
+    return splits
+
+
+@flow(
+    name="prepare-site", flow_run_name="prepare-{site}", persist_result=False, log_prints=False,
+    task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
+)  # fmt: skip
+def prepare_site(study: str, site: str) -> Prepared:
+    """Turn a site's raw inputs into its cohort, doing only what is new.
+
+    Parameters
+    ----------
+    study
+        Name of the study in the workspace's ``study.toml``.
+    site
+        Opaque name of the site.
+    """
+    settings, protocol = open_site(study, site)
+    registry, excluded = read_site_registry(settings, protocol)
+    works, unlisted = list_inputs(settings, protocol)
+    # Modalities take turns, so that array code and Python code of two of them run side by side.
+    turns = sorted((at, i, work) for i, work in enumerate(works) for at in range(len(work.pending)))
+    exclusions = [*excluded, *unlisted, *(fault for work in works for fault in work.faults)]
+    with Progress(
+        f"{site}: extract", total=sum(len(w.pending[at].rows) for at, _, w in turns)
+    ) as p:
+        futures = [
+            (extract_site_batch.submit(work, at, f"{work.modality}-{at + 1}"), work, at)
+            for at, _, work in turns
+        ]
+        for future, work, at in futures:
+            exclusions += future.result()
+            p.advance(len(work.pending[at].rows))
+    tables = {work.modality: table for work in works if (table := collect(work)) is not None}
+    write_exclusions(exclusions, settings.path(EXCLUDED))
+    n_patients = assemble_cohort(settings, protocol, registry, tables)
+    return Prepared(
+        site=site,
+        n_patients=n_patients,
+        n_excluded=len({(e.patient_id, e.modality) for e in exclusions}),
+        n_extracted=sum(len(w.pending[at].rows) for at, _, w in turns),
+    )
+
+
+def load_inputs(settings: SiteSettings, protocol: StudyProtocol) -> SiteInputs:
+    """Read the site's cohort as encoders and federation see it.
+
+    Raises
+    ------
+    DataError
+        If there is no cohort, or it was prepared under another protocol.
+    """
+    cohort = read_cohort(settings.path(COHORT))
+    if str(cohort.uns["protocol_fingerprint"]) != protocol.fingerprint():
+        raise DataError(
+            "other_protocol",
+            "cohort: found one of another protocol; run the flow prepare-site again",
+        )
+    return site_inputs(
+        cohort,
+        protocol,
+        site=settings.name,
+        features=settings.path("features"),
+        secret=settings.key,
+    )
+
+
+@task(
+    name="train-encoder", task_run_name="train-{modality}", cache_policy=NO_CACHE,
+    persist_result=False,
+)  # fmt: skip
+@sealed
+def train_site_encoder(
+    settings: SiteSettings, protocol: StudyProtocol, inputs: SiteInputs, modality: str
+) -> str:
+    """Train one modality's encoder, unless the same was trained before; return why not, if so."""
+    folder = settings.path("encoders", modality)
+    key = encoder_key(inputs, protocol, modality)
+    if _kept(folder, key) is None:
+        trained = train_local(
+            inputs, modality, protocol.encoder[modality], seed=protocol.study.seed
+        )
+        _keep(folder, key, trained)
+        return trained.reason
+    return ""
+
+
+def encoder_key(inputs: SiteInputs, protocol: StudyProtocol, modality: str) -> str:
+    """Fingerprint of everything that a trained encoder depends on."""
+    return fingerprint(
+        [inputs.cohort, protocol.fingerprint(), modality, source_digest("fusion", "modalities")]
+    )
+
+
+def _keep(folder: Path, key: str, trained: LocalEncoder) -> None:
+    """Write weights and scores, then the key that says they are whole."""
+    with replacing(folder / "log_hazard.npy") as temporary:
+        np.save(temporary, trained.log_hazard)
+    if trained.encoder is not None:
+        with replacing(folder / "encoder.safetensors") as temporary:
+            temporary.write_bytes(trained.encoder.to_bytes())
+    about = {"key": key, "reason": trained.reason, "trained": trained.encoder is not None}
+    with replacing(folder / "encoder.json") as temporary:
+        temporary.write_text(json.dumps(about))
+
+
+def _kept(folder: Path, key: str) -> LocalEncoder | None:
+    try:
+        about = json.loads((folder / "encoder.json").read_text())
+        if about["key"] != key:
+            return None
+        encoder = (
+            FittedEncoder.from_bytes((folder / "encoder.safetensors").read_bytes())
+            if about["trained"]
+            else None
+        )
+        return LocalEncoder(encoder, np.load(folder / "log_hazard.npy"), about["reason"])
+    except (OSError, ValueError, KeyError) as error:
+        if not isinstance(error, FileNotFoundError):
+            note(error)
+        return None
+
+
+def load_encoders(
+    settings: SiteSettings, protocol: StudyProtocol, inputs: SiteInputs
+) -> dict[str, LocalEncoder]:
+    """Read the encoders that this cohort was trained to; missing ones are absent."""
+    found = {}
+    for modality in protocol.modalities:
+        kept = _kept(settings.path("encoders", modality), encoder_key(inputs, protocol, modality))
+        if kept is not None:
+            found[modality] = kept
+    return found
+
+
+@flow(name="train-site", flow_run_name="train-{site}", persist_result=False, log_prints=False)
+def train_site(study: str, site: str) -> dict[str, str]:
+    """Train a site's own encoder of every modality; nothing of them leaves the site.
+
+    Returns
+    -------
+    dict
+        Per modality left out, the reason.
+    """
+    settings, protocol = open_site(study, site)
+    inputs = load_inputs(settings, protocol)
+    if not inputs.trains:
+        return dict.fromkeys(protocol.modalities, "the site is below its training minimum")
+    left_out = {}
+    with Progress(f"{site}: train", total=len(protocol.modalities)) as progress:
+        for modality in protocol.modalities:
+            reason = train_site_encoder(settings, protocol, inputs, modality)
+            if reason:
+                left_out[modality] = reason
+            progress.advance(1)
+    return left_out
+
+
+__all__ = [
+    "Prepared",
+    "load_encoders",
+    "load_inputs",
+    "open_site",
+    "prepare_site",
+    "rows_of",
+    "train_site",
+]
