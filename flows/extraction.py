@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from flows.protocol import ModalitySpec
-    from modalities.pathology.encoder import TileEncoder
+    from modalities.pathology import TileEncoder
 
     Advance = Callable[[int], None]
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from uuid import UUID
 
+    from fusion.federation import RoundRecord
+
 
 class Progress:
     """Advances a bar on standard error and, inside a flow run, an artifact of Prefect.
@@ -61,6 +63,40 @@ class Progress:
     ) -> None:
         if self._total:
             self._bar.stop()
+
+
+class RoundProgress:
+    """Shows rounds as they pass; their number is known only at the end.
+
+    Parameters
+    ----------
+    study
+        Name of the study.
+    """
+
+    def __init__(self, study: str) -> None:
+        self._study = study
+        self._status = Console(stderr=True).status(f"{study}: first round")
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            self._status.start()
+        self._artifact = _create_artifact(f"{self._study} rounds")
+        return self
+
+    def advance(self, record: RoundRecord) -> None:
+        """Show a finished round."""
+        self._status.update(f"{self._study}: round {record.number}, {record.stage}")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._status.stop()
+        if self._artifact is not None and error is None:
+            _update_artifact(self._artifact, 100.0)
 
 
 def _create_artifact(label: str) -> UUID | None:

@@ -271,14 +271,29 @@ def load_protocol(path: Path) -> StudyProtocol:
         names every key at fault.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ProtocolError(
             f"{path.name}: found no such file; write one with `consilium study init NAME`"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"{path.name}: found no valid TOML: {error}") from None
-    return read_protocol(values, source=path.name)
+    except (OSError, UnicodeDecodeError):
+        raise ProtocolError(f"{path.name}: needed a readable text file in UTF-8") from None
+    return read_protocol_text(text, source=path.name)
+
+
+def read_protocol_text(text: str, *, source: str) -> StudyProtocol:
+    """Validate the text of a ``study.toml``.
+
+    Raises
+    ------
+    ProtocolError
+        As :func:`load_protocol`.
+    """
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ProtocolError(f"{source}: found no valid TOML: {error}") from None
+    return read_protocol(values, source=source)
 
 
 def read_protocol(values: dict[str, Any], *, source: str = "study.toml") -> StudyProtocol:

@@ -1,4 +1,4 @@
-"""Keep what a site knows at the site: exceptions reach Prefect's server as a code, never as text."""
+"""Keep what a site knows at the site: an exception reaches Prefect's server as a code only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,18 @@ _LOG.propagate = False
 
 
 class SiteError(RuntimeError):
-    """A failure at a site, as a code: the function that failed and the exception's type."""
+    """A failure at a site, as a code: what failed, and how.
+
+    Attributes
+    ----------
+    detail
+        The sentence for the person at this terminal; not part of the exception's text, which is
+        what Prefect sends to its server.
+    """
+
+    def __init__(self, code: str, detail: str = "") -> None:
+        super().__init__(code)
+        self.detail = detail
 
 
 def log_to(folder: Path) -> None:
@@ -57,7 +68,9 @@ def sealed(body: Callable[P, R]) -> Callable[P, R]:
             raise
         except Exception as error:  # noqa: BLE001
             note(error)
-            code = f"{body.__name__}:{type(error).__name__}"
-        raise SiteError(code)
+            code = f"{body.__name__}:{getattr(error, 'code', type(error).__name__)}"
+            detail = str(error)
+        # Outside the except block, so that no original exception hangs on this one.
+        raise SiteError(code, detail)
 
     return wrapped

@@ -202,16 +202,15 @@ def prepare_site(study: str, site: str) -> Prepared:
     # Modalities take turns, so that array code and Python code of two of them run side by side.
     turns = sorted((at, i, work) for i, work in enumerate(works) for at in range(len(work.pending)))
     exclusions = [*excluded, *unlisted, *(fault for work in works for fault in work.faults)]
-    with Progress(
-        f"{site}: extract", total=sum(len(w.pending[at].rows) for at, _, w in turns)
-    ) as p:
+    n_pending = sum(len(work.pending[at].rows) for at, _, work in turns)
+    with Progress(f"{site}: extract", total=n_pending) as progress:
         futures = [
             (extract_site_batch.submit(work, at, f"{work.modality}-{at + 1}"), work, at)
             for at, _, work in turns
         ]
         for future, work, at in futures:
             exclusions += future.result()
-            p.advance(len(work.pending[at].rows))
+            progress.advance(len(work.pending[at].rows))
     tables = {work.modality: table for work in works if (table := collect(work)) is not None}
     write_exclusions(exclusions, settings.path(EXCLUDED))
     n_patients = assemble_cohort(settings, protocol, registry, tables)
@@ -219,7 +218,7 @@ def prepare_site(study: str, site: str) -> Prepared:
         site=site,
         n_patients=n_patients,
         n_excluded=len({(e.patient_id, e.modality) for e in exclusions}),
-        n_extracted=sum(len(w.pending[at].rows) for at, _, w in turns),
+        n_extracted=n_pending,
     )
 
 
@@ -315,6 +314,7 @@ def load_encoders(
 
 
 @flow(name="train-site", flow_run_name="train-{site}", persist_result=False, log_prints=False)
+@sealed
 def train_site(study: str, site: str) -> dict[str, str]:
     """Train a site's own encoder of every modality; nothing of them leaves the site.
 

@@ -14,7 +14,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 @lru_cache(maxsize=8)
 def source_digest(*packages: str) -> str:
-    """SHA-256 over the sources of some of our packages, so that changed code is a changed result."""
+    """SHA-256 over the sources of some of our packages: changed code is a changed result."""
     files = sorted(f for p in packages for f in (_ROOT / p).rglob("*.py"))
     return fingerprint([[f.relative_to(_ROOT).as_posix(), digest_path(f)] for f in files])
 

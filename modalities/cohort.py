@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import anndata as ad
+import h5py
 import mudata as md
 import numpy as np
 import pandas as pd
@@ -356,6 +357,23 @@ def read_cohort(path: Path) -> md.MuData:
         raise DataError("damaged_cohort", "cohort: the file is damaged; prepare it again") from None
     validate_cohort(cohort)
     return cohort
+
+
+def read_cohort_digest(path: Path) -> str:
+    """Read the digest that :func:`assemble` wrote, without reading the rows.
+
+    Raises
+    ------
+    DataError
+        If the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise DataError("missing_cohort", "cohort: found none; run the flow prepare-site first")
+    try:
+        with h5py.File(path) as file:
+            return str(file["uns/cohort_digest"].asstr()[()])
+    except (OSError, KeyError, AttributeError):
+        raise DataError("damaged_cohort", "cohort: the file is damaged; prepare it again") from None
 
 
 def rows_of(cohort: md.MuData, modality: str) -> NDArray[np.intp]:

@@ -7,6 +7,7 @@ in a test or a simulation that could not cross between hospitals.
 from fusion.federation.coordinator import (
     Coordinator,
     Fitted,
+    FusionFit,
     QuorumNotMet,
     RoundRecord,
     SiteOutcome,
@@ -25,6 +26,7 @@ __all__ = [
     "Coordinator",
     "FederationPlan",
     "Fitted",
+    "FusionFit",
     "InProcess",
     "Outcome",
     "QuorumNotMet",

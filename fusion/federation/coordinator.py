@@ -60,6 +60,26 @@ class SiteOutcome:
 
 
 @dataclass(frozen=True)
+class FusionFit:
+    """The fusion model of every arm.
+
+    Attributes
+    ----------
+    models
+        Per arm.
+    groups
+        Per arm, the cuts of the log hazard between risk groups.
+    n_patients, n_events
+        Behind the protocol arm's fit.
+    """
+
+    models: dict[str, FusionModel]
+    groups: dict[str, tuple[float, ...]]
+    n_patients: int
+    n_events: int
+
+
+@dataclass(frozen=True)
 class Fitted:
     """What a run of the federation ends with.
 
@@ -306,18 +326,8 @@ class Coordinator:
     def _folds_of(self, modality: str) -> tuple[str, ...]:
         return self.plan.fold_fits(modality) if self._cross_fits[modality] else ()
 
-    def fit_fusion(self) -> tuple[dict[str, FusionModel], dict[str, tuple[float, ...]], NewtonFit]:
-        """Fit the fusion model of every arm and its baseline hazard.
-
-        Returns
-        -------
-        models
-            Per arm.
-        groups
-            Per arm, the cuts of the log hazard between risk groups.
-        fit
-            The protocol arm's fit, for its counts.
-        """
+    def fit_fusion(self) -> FusionFit:
+        """Fit the fusion model of every arm, its baseline hazard and its risk groups."""
         arms = self.plan.arms
         scaling = self.scale(arms, stage="fusion_moments")
         fits = {
@@ -343,7 +353,8 @@ class Coordinator:
             arm: tuple(float(x) for x in risk.mean[row] + cuts * risk.scale[row])
             for row, arm in enumerate(arms)
         }
-        return models, groups, fits[PROTOCOL]
+        of_protocol = fits[PROTOCOL]
+        return FusionFit(models, groups, of_protocol.n_patients, of_protocol.n_events)
 
     def _baseline(self, fits: Mapping[str, NewtonFit]) -> tuple[Floats, Floats, Moments]:
         """Merge the grid until every site passes, then estimate the hazard on it."""
@@ -364,10 +375,9 @@ class Coordinator:
         )
         return edges, hazard, _add([Moments(*r.risk.T) for r in sums.values()])
 
-    def evaluate(
-        self, models: Mapping[str, FusionModel], groups: Mapping[str, tuple[float, ...]]
-    ) -> dict[str, m.Evaluation]:
+    def evaluate(self, fusion: FusionFit) -> dict[str, m.Evaluation]:
         """Collect evaluation sums on every site's test rows, external sites included."""
+        models = fusion.models
         first = next(iter(models.values()))
         ask = m.AskEvaluation(
             run=self.plan.run,
@@ -376,13 +386,32 @@ class Coordinator:
             edges_days=first.edges_days,
             coefficients=np.array([x.coefficients for x in models.values()]),
             hazard_per_day=np.array([x.hazard_per_day for x in models.values()]),
-            groups=np.array([groups[arm] for arm in models]),
+            groups=np.array([fusion.groups[arm] for arm in models]),
             horizon_days=float(self.plan.horizon_days),
         )
         asked = tuple(s for s in self.reachable if self.outcomes[s].n_test > 0)
         replies = self._ask(ask, m.Evaluation, asked, stage="evaluation")
         self._round_done()
         return replies
+
+    def fitted(
+        self,
+        encoders: dict[str, LinearEncoder],
+        fusion: FusionFit,
+        evaluations: dict[str, m.Evaluation],
+    ) -> Fitted:
+        """Put together what the run ends with."""
+        return Fitted(
+            sites=tuple(self.outcomes.values()),
+            models=fusion.models,
+            encoders=encoders,
+            groups=fusion.groups,
+            evaluations=evaluations,
+            fit_rounds=dict(self.fit_rounds),
+            rounds=tuple(self.rounds),
+            n_patients=fusion.n_patients,
+            n_events=fusion.n_events,
+        )
 
 
 def run_federation(
@@ -403,19 +432,8 @@ def run_federation(
     coordinator = Coordinator(plan, transport, on_round=on_round)
     coordinator.describe()
     encoders = coordinator.fit_encoders()
-    models, groups, fit = coordinator.fit_fusion()
-    evaluations = coordinator.evaluate(models, groups)
-    return Fitted(
-        sites=tuple(coordinator.outcomes.values()),
-        models=models,
-        encoders=encoders,
-        groups=groups,
-        evaluations=evaluations,
-        fit_rounds=coordinator.fit_rounds,
-        rounds=tuple(coordinator.rounds),
-        n_patients=fit.n_patients,
-        n_events=fit.n_events,
-    )
+    fusion = coordinator.fit_fusion()
+    return coordinator.fitted(encoders, fusion, coordinator.evaluate(fusion))
 
 
 Sums = TypeVar("Sums", CoxSums, Moments)

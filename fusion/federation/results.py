@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fusion.evaluation import (
     BrierSums,
     Calibration,
@@ -29,6 +27,7 @@ from fusion.federation.plan import LOCAL_ONLY, FederationPlan
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from fusion.federation.coordinator import Fitted

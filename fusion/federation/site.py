@@ -246,15 +246,15 @@ class SiteStudy:
         design, _, fold = fit.partition("/")
         mean, scale = self._scaling[design]
         if design in self.plan.sums:
-            rows = self._present(design)
+            rows: NDArray[np.bool_] = self._present(design)
             if fold:
                 if not self._cross_fits(design):
                     raise _Refusal("fold_too_small")
-                rows = np.asarray(rows & (self.rows.folds != int(fold)), dtype=bool)
+                rows = np.logical_and(rows, self.rows.folds != int(fold), dtype=bool)
             return linear_inputs(self.rows.tables[design].train, mean, scale)[rows], rows
         columns = self.columns(design).train
-        rows = ~np.isnan(columns).all(axis=1)
-        return fusion_inputs(columns, mean, scale)[rows], rows
+        some = np.asarray(~np.isnan(columns).all(axis=1), dtype=np.bool_)
+        return fusion_inputs(columns, mean, scale)[some], some
 
     def _fit_sums(self, fit: str, coefficients: Floats) -> CoxSums:
         design = fit.partition("/")[0]

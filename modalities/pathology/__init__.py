@@ -5,6 +5,8 @@ The line: ``reader`` opens a slide and knows its scale, ``tissue`` tells tissue 
 ``slides`` runs it all.
 """
 
+from typing import TYPE_CHECKING
+
 from modalities.pathology.bags import Bag, is_current, read_bag
 from modalities.pathology.encoder import (
     MissingWeights,
@@ -21,6 +23,10 @@ from modalities.pathology.slides import (
     find_slides,
 )
 from modalities.pathology.spec import EXTRACTOR_VERSION, PathologySpec
+
+if TYPE_CHECKING:
+    # Importing torch takes seconds, so the class is there for annotations only.
+    from modalities.pathology.network import TileEncoder as TileEncoder
 
 __all__ = [
     "EXTRACTOR_VERSION",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ from modalities.synthetic.truth import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from multiprocessing.process import BaseProcess
     from pathlib import Path
 
 FORMAT_VERSION = 1
@@ -288,14 +291,27 @@ def _draw(chunks: Sequence[_Chunk], workers: int, report: Callable[[int], None])
             report(_draw_chunk(chunk))
         return
     # Not forked: a copy of a process that runs threads may hang.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         running = [pool.submit(_draw_chunk, chunk) for chunk in waiting]
         try:
             for done in as_completed(running):
                 report(done.result())
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is killed, so that it does not draw beside the next run."""
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+
+
+def _exit_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _missing_images(chunk: _Chunk) -> list[tuple[str, int]]:

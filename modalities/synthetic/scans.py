@@ -92,7 +92,10 @@ def draw_scan(observed: NDArray[np.float64], scanner: Scanner, rng: np.random.Ge
     position = _position_mm(shape, spacing, rng.normal(0.0, 0.5, 3))
     mask = _tumour(position, 10.5 * np.exp(0.16 * size), 0.09 * np.exp(0.45 * spicularity), rng)
     texture = _field(rng, shape, 1.8 / spacing)
-    density = _SOFT_TISSUE_HU + 16.0 * np.exp(0.42 * heterogeneity) * texture
+    # The phase of the contrast agent says nothing of prognosis.
+    density = (
+        _SOFT_TISSUE_HU + rng.normal(0.0, 15.0) + 16.0 * np.exp(0.42 * heterogeneity) * texture
+    )
     volume = np.where(mask, density, _chest(position, rng, shape, spacing)).astype(np.float32)
     volume = gaussian_filter(volume, np.array([0.3, 1.0, 1.0]) * scanner.blur_mm / spacing)
     volume += scanner.noise_hu * _field(rng, shape, np.array([0.0, 0.5, 0.5]))
@@ -132,7 +135,8 @@ def _tumour(
     mask[near] = distance[near] < radius_mm * np.clip(1.0 + roughness * wave, 0.45, 1.5)
     for number in np.flatnonzero(mask.any(axis=(1, 2))):
         mask[number] = binary_fill_holes(mask[number])
-    return mask
+    # The largest tumours end where the field of view does, one voxel within it.
+    return np.pad(mask[1:-1, 1:-1, 1:-1], 1)
 
 
 def _chest(

@@ -1,0 +1,389 @@
+"""The ``consilium`` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from infra.settings import SITE_FILE, STUDY_FILE, SettingsError, Workspace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from flows.protocol import StudyProtocol
+    from modalities.cohort import Exclusion
+
+app = typer.Typer(
+    help="Survival models that cancer centres train together without showing their patients.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+study_app = typer.Typer(help="Define, check and run a study.", no_args_is_help=True)
+site_app = typer.Typer(help="Set up, check and prepare one site.", no_args_is_help=True)
+app.add_typer(study_app, name="study")
+app.add_typer(site_app, name="site")
+
+_OUT = Console()
+_ERR = Console(stderr=True)
+
+Root = Annotated[Path, typer.Option("--root", help="Folder with study.toml and the site or sites.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the simulation.")]
+Sites = Annotated[str, typer.Option(help="Patients per site, as 160,110,90,40.")]
+Site = Annotated[str | None, typer.Argument(help="Site; may be left out if there is one.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+
+
+class UsageError(ValueError):
+    """A command that cannot be carried out as typed."""
+
+
+def main() -> None:
+    """Run the command; bad input ends with one sentence on standard error and exit status 2."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        _ERR.print("consilium: interrupted; run the same command again to continue")
+        sys.exit(130)
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        _ERR.print(f"consilium: {sentence}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _sentence(error: Exception) -> str | None:
+    """Give what a user should read of an expected error; None for a defect of ours."""
+    if isinstance(error, UsageError | SettingsError):
+        return str(error)
+    from flows.protocol import ProtocolError
+    from flows.sealed import SiteError
+    from flows.services import ServiceError
+    from fusion.federation import QuorumNotMet
+    from modalities.cohort import DataError
+    from modalities.pathology import MissingWeights, UnknownEncoder
+
+    if isinstance(error, SiteError):
+        return error.detail or str(error)
+    known = (ProtocolError, ServiceError, QuorumNotMet, DataError, MissingWeights, UnknownEncoder)
+    return str(error) if isinstance(error, known) else None
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise UsageError(f"--sites: found {text!r}, needed patients per site, as 160,110,90,40")
+    return sizes
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write to, and to continue in.")] = Path(
+        "demo"
+    ),
+    sites: Sites = "160,110,90,40",
+    seed: Seed = 0,
+    tables_only: Annotated[
+        bool, typer.Option("--tables-only", help="Simulate tables instead of raw files.")
+    ] = False,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Repeat over this many seeds; tables only.")
+    ] = 1,
+    as_json: Json = False,
+) -> None:
+    """Simulate a consortium from raw files, and run the whole study on it."""
+    from flows.demo import compare_seeds, run_demo
+
+    sizes = _sizes(sites)
+    if seeds > 1 and not tables_only:
+        raise UsageError("--seeds: found it without --tables-only, needed both")
+    if seeds > 1:
+        with _quiet_status("comparing over seeds"):
+            found = compare_seeds(sizes, range(seed, seed + seeds))
+        _print_seeds(found, as_json=as_json)
+        return
+    say = _silent if as_json else _say
+    with _as_usage_error():
+        summary = run_demo(out, sizes, seed=seed, tables_only=tables_only, say=say)
+    _print_study(summary, as_json=as_json)
+
+
+@app.command()
+def simulate(
+    folder: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    sites: Sites = "160,110,90,40",
+    seed: Seed = 0,
+    tables_only: Annotated[
+        bool, typer.Option("--tables-only", help="Write tables instead of raw files.")
+    ] = False,
+) -> None:
+    """Write a consortium of raw files with a known truth, and a study over it."""
+    from flows.demo import write_consortium
+    from flows.progress import Progress
+
+    sizes = _sizes(sites)
+    with _as_usage_error(), Progress("simulate", total=sum(sizes)) as progress:
+        names = write_consortium(
+            folder, sizes, seed=seed, tables_only=tables_only, advance=progress.advance
+        )
+    _say(f"{sum(sizes)} patients at {', '.join(names)}; run: consilium study run --root {folder}")
+
+
+@app.command()
+def ui(
+    folder: Annotated[Path, typer.Argument(help="Folder of a demo or study.")] = Path("demo"),
+    prefect_port: Annotated[int, typer.Option(min=1, max=65535)] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+) -> None:
+    """Open what a study made: Prefect's and MLflow's pages on this machine, until Ctrl-C."""
+    from flows.services import open_ui
+
+    open_ui(folder, prefect_port=prefect_port, mlflow_port=mlflow_port)
+
+
+@study_app.command("init")
+def study_init(
+    name: Annotated[str, typer.Argument(help="Short lower-case name, as lung-os.")],
+    root: Root = Path(),
+    force: Force = False,
+) -> None:
+    """Write a commented study.toml."""
+    from flows.demo import template
+    from flows.protocol import read_protocol_text
+
+    text = template("study.toml").format(name=name)
+    read_protocol_text(text, source="study.toml")
+    _write_new(root / STUDY_FILE, text, force=force)
+
+
+@study_app.command("check")
+def study_check(
+    file: Annotated[Path, typer.Argument(help="Protocol to check.")] = Path(STUDY_FILE),
+) -> None:
+    """Validate a study.toml and print its fingerprint."""
+    from flows.protocol import load_protocol
+
+    protocol = load_protocol(file)
+    _say(f"{protocol.study.name}: valid, fingerprint {protocol.fingerprint()}")
+    for lowered in protocol.privacy.lowered():
+        _say(f"lowered minimum: {lowered}")
+
+
+@study_app.command("run")
+def study_run(root: Root = Path(), as_json: Json = False) -> None:
+    """Prepare and train every site below a folder, then fit, evaluate and register the model.
+
+    All sites run in this process: for simulated and public data, and for trying out.
+    """
+    from flows.demo import run_workspace
+
+    workspace, _ = _workspace(root)
+    names = workspace.site_names()
+    if len(names) < 2:
+        raise UsageError(f"sites: found {len(names)} below {root}, needed at least 2")
+    say = _silent if as_json else _say
+    _print_study(run_workspace(workspace.root, names, say), as_json=as_json)
+
+
+@site_app.command("init")
+def site_init(
+    name: Annotated[str, typer.Argument(help="Opaque lower-case name, as site-01.")],
+    root: Root = Path(),
+    force: Force = False,
+) -> None:
+    """Write a site.toml with a new secret, and an empty manifest."""
+    from flows.demo import template
+    from modalities.cohort import MANIFEST_COLUMNS
+
+    if not re.fullmatch(r"[a-z][a-z0-9-]{0,39}", name):
+        raise UsageError(f"name: found {name!r}, needed lower-case letters, digits and hyphens")
+    text = template("site.toml").format(name=name, secret=secrets.token_hex(32))
+    _write_new(root / SITE_FILE, text, force=force, private=True)
+    if not (root / "manifest.csv").exists():
+        _write_new(root / "manifest.csv", ",".join(MANIFEST_COLUMNS) + "\n", force=False)
+
+
+@site_app.command("check")
+def site_check(
+    site: Annotated[
+        str | None, typer.Argument(help="Site; may be left out if there is one.")
+    ] = None,
+    root: Root = Path(),
+    as_json: Json = False,
+) -> None:
+    """Look at every raw input and say in one sentence what is wrong with it; exit 1 if any is."""
+    from flows.check import check_site
+    from flows.progress import Progress
+    from modalities.cohort import read_manifest
+
+    workspace, protocol = _workspace(root)
+    settings = workspace.site(_only_site(workspace, site))
+    rows, _ = read_manifest(settings.path(settings.manifest), protocol.modalities)
+    with Progress("check", total=len(rows)) as progress:
+        faults = check_site(settings, protocol, advance=progress.advance)
+    if as_json:
+        _print_json([vars(fault) for fault in faults])
+    else:
+        _print_faults(faults, n_inputs=len(rows))
+    raise typer.Exit(1 if faults else 0)
+
+
+@site_app.command("prepare")
+def site_prepare(
+    site: Annotated[
+        str | None, typer.Argument(help="Site; may be left out if there is one.")
+    ] = None,
+    root: Root = Path(),
+) -> None:
+    """Turn a site's raw inputs into its cohort, doing only what is new."""
+    from flows.demo import prefect_session
+
+    workspace, protocol = _workspace(root)
+    name = _only_site(workspace, site)
+    with prefect_session(workspace.root):
+        from flows.site import prepare_site
+
+        done = prepare_site(protocol.study.name, name)
+    _say(
+        f"{name}: {done.n_patients} patients, {done.n_extracted} inputs extracted, "
+        f"{done.n_excluded} set aside (excluded.csv)"
+    )
+
+
+@site_app.command("train")
+def site_train(
+    site: Annotated[
+        str | None, typer.Argument(help="Site; may be left out if there is one.")
+    ] = None,
+    root: Root = Path(),
+) -> None:
+    """Train a site's own encoders on its cohort."""
+    from flows.demo import prefect_session
+
+    workspace, protocol = _workspace(root)
+    name = _only_site(workspace, site)
+    with prefect_session(workspace.root):
+        from flows.site import train_site
+
+        left_out = train_site(protocol.study.name, name)
+    for modality in protocol.modalities:
+        _say(f"{name}: {modality}: {left_out.get(modality, 'trained')}")
+
+
+def _workspace(root: Path) -> tuple[Workspace, StudyProtocol]:
+    from flows.protocol import load_protocol
+
+    os.environ["CONSILIUM_ROOT"] = str(root.resolve())
+    workspace = Workspace()
+    return workspace, load_protocol(workspace.study_file)
+
+
+def _only_site(workspace: Workspace, site: str | None) -> str:
+    names = workspace.site_names()
+    if site is None and len(names) != 1:
+        raise UsageError(f"site: found {len(names)} ({', '.join(names) or 'none'}), name one")
+    return site or names[0]
+
+
+def _write_new(path: Path, text: str, *, force: bool, private: bool = False) -> None:
+    from modalities.files import replacing
+
+    if path.exists() and not force:
+        raise UsageError(f"{path.name}: found one already; use --force to replace it")
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.chmod(0o600 if private else 0o644)
+    _say(f"wrote {path}")
+
+
+@contextmanager
+def _as_usage_error() -> Iterator[None]:
+    """Show arguments that a simulation refuses as the user's to correct."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        raise UsageError(str(error)) from None
+
+
+@contextmanager
+def _quiet_status(text: str) -> Iterator[None]:
+    if _ERR.is_terminal:
+        with _ERR.status(text):
+            yield
+    else:
+        yield
+
+
+def _say(text: str) -> None:
+    _OUT.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _silent(text: str) -> None:
+    del text
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def _print_study(summary: dict[str, Any], *, as_json: bool) -> None:
+    table = summary.pop("table")
+    if as_json:
+        _print_json(summary)
+        return
+    from flows.reports import to_rich
+
+    _OUT.print(to_rich(table))
+    reused = " (unchanged: the version of an earlier run)" if summary["reused"] else ""
+    _say(f"registered: {summary['model_name']} version {summary['model_version']}{reused}")
+    _say(f"took {summary['wall_s']['total']:.0f} s; everything is in {summary['root']}")
+    folder = os.path.relpath(summary["root"])
+    _say("look at it:")
+    _say(f"  consilium ui {folder}")
+    _say(f"  python -m json.tool {folder}/runs/{summary['run'][:12]}/summary.json")
+
+
+def _print_seeds(found: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(found)
+        return
+    arms = list(found["mean_concordance"])
+    table = Table("seed", *(arm.replace("_", " ") for arm in arms))
+    for run in found["seeds"]:
+        table.add_row(str(run["seed"]), *(f"{run['concordance'][arm]:.3f}" for arm in arms))
+    table.add_section()
+    table.add_row("mean", *(f"{found['mean_concordance'][arm]:.3f}" for arm in arms))
+    _OUT.print(table)
+    _say(f"federated above local in {found['n_federated_above_local']} of {found['n_seeds']} seeds")
+
+
+def _print_faults(faults: Sequence[Exclusion], *, n_inputs: int) -> None:
+    for fault in faults:
+        _say(f"{fault.patient_id}  {fault.modality}  {fault.code}: {fault.reason}")
+    _say(f"{n_inputs} inputs, {len(faults)} would be set aside")
+
+
+def _register_extract() -> None:
+    from flows.extract_cli import extract_app
+
+    app.add_typer(extract_app, name="extract")
+
+
+_register_extract()

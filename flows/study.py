@@ -1,0 +1,244 @@
+"""The flow of the coordinator: one run of a study over its sites, to a registered model."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from prefect import flow, task
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from flows.inputs import keyed_digest, site_rows
+from flows.progress import RoundProgress
+from flows.protocol import load_protocol
+from flows.records import StudyRecord
+from flows.reference import Consortium, compare
+from flows.registry import Registered, find_version, track_study
+from flows.reports import ResultsTable, figures, results_table, to_markdown
+from flows.sealed import log_to, note, sealed
+from flows.site import COHORT, load_encoders, load_inputs, open_site
+from flows.summary import Stopwatch, summarise_record
+from flows.versions import git_commit, source_digest
+from fusion.federation import Coordinator, InProcess, SiteStudy, summarise
+from infra.settings import Workspace
+from modalities.cohort import read_cohort_digest
+from modalities.files import fingerprint, replacing
+from modalities.synthetic import read_truth
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
+    from flows.inputs import LocalEncoder, SiteInputs
+    from flows.protocol import StudyProtocol
+    from flows.records import Reference
+    from fusion.federation import FederationPlan, Fitted, FusionFit
+    from fusion.late import LinearEncoder
+    from fusion.messages import Evaluation
+
+
+@dataclass(frozen=True)
+class StudyOutcome:
+    """What a run of a study says, ready to print: figures, table, registered version.
+
+    Attributes
+    ----------
+    summary
+        Plain values for JSON.
+    table
+        Concordance by site and arm, with notes.
+    reused
+        Whether an earlier run of the same protocol, cohorts and code already said it.
+    """
+
+    summary: dict[str, Any]
+    table: ResultsTable
+    reused: bool
+
+
+def run_key(workspace: Workspace, protocol: StudyProtocol, sites: tuple[str, ...]) -> str:
+    """Name a run by protocol, cohorts and code: 64 hex digits, equal for an unchanged rerun.
+
+    Raises
+    ------
+    modalities.cohort.DataError
+        If a site has no cohort.
+    """
+    cohorts = {}
+    for site in sites:
+        settings = workspace.site(site)
+        digest = read_cohort_digest(settings.path(COHORT))
+        cohorts[site] = keyed_digest(settings.key, digest)
+    return fingerprint(
+        [protocol.fingerprint(), cohorts, source_digest("fusion", "modalities", "flows")]
+    )
+
+
+@task(name="load-sites", cache_policy=NO_CACHE, persist_result=False)
+@sealed
+def load_sites(protocol: StudyProtocol, sites: tuple[str, ...], plan: FederationPlan) -> Consortium:
+    """Bring up every site's part in the run, each from its own files."""
+    inputs: dict[str, SiteInputs] = {}
+    local: dict[str, Mapping[str, LocalEncoder]] = {}
+    studies: dict[str, SiteStudy] = {}
+    for site in sites:
+        settings, _ = open_site(protocol.study.name, site)
+        inputs[site] = load_inputs(settings, protocol)
+        local[site] = load_encoders(settings, protocol, inputs[site])
+        rows = site_rows(inputs[site], local[site], protocol)
+        studies[site] = SiteStudy(plan, rows, on_error=note)
+    return Consortium(protocol, inputs, studies, local)
+
+
+@task(name="describe-sites", cache_policy=NO_CACHE, persist_result=False)
+@sealed
+def describe_sites(coordinator: Coordinator) -> None:
+    """Learn which sites take part, with which modalities."""
+    coordinator.describe()
+
+
+@task(name="fit-encoders", cache_policy=NO_CACHE, persist_result=False)
+@sealed
+def fit_encoders(coordinator: Coordinator) -> dict[str, LinearEncoder]:
+    """Fit the encoders that the protocol shares as sums."""
+    return coordinator.fit_encoders()
+
+
+@task(name="fit-fusion", cache_policy=NO_CACHE, persist_result=False)
+@sealed
+def fit_fusion(coordinator: Coordinator) -> FusionFit:
+    """Fit the fusion model of every arm, with its baseline hazard."""
+    return coordinator.fit_fusion()
+
+
+@task(name="evaluate-models", cache_policy=NO_CACHE, persist_result=False)
+@sealed
+def evaluate_models(coordinator: Coordinator, fusion: FusionFit) -> dict[str, Evaluation]:
+    """Collect evaluation sums at every site, external ones included."""
+    return coordinator.evaluate(fusion)
+
+
+@task(name="compare-with-truth", cache_policy=NO_CACHE, persist_result=False)
+@sealed
+def compare_with_truth(consortium: Consortium, fitted: Fitted, root: Path) -> Reference:
+    """Score the arms beside pooled rows and the true hazard; simulated and public data only."""
+    truth = read_truth(root).log_hazard if (root / "truth.json").is_file() else None
+    return compare(consortium, fitted, true_log_hazard=truth)
+
+
+@task(name="register-model", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE,
+      persist_result=False)  # fmt: skip
+@sealed
+def register_model(record: StudyRecord, workspace: Workspace) -> Registered:
+    """Log the run to MLflow and register its model as a new version."""
+    return track_study(
+        record, tracking_uri=workspace.mlflow_uri, artifact_root=workspace.root / "mlartifacts"
+    )
+
+
+@flow(name="run-study", flow_run_name="study-{study}", persist_result=False, log_prints=False)
+@sealed
+def run_study(study: str, sites: list[str]) -> StudyOutcome:
+    """Fit, evaluate and register one study over sites whose cohorts are prepared and trained.
+
+    Parameters
+    ----------
+    study
+        Name of the study in the workspace's ``study.toml``.
+    sites
+        Opaque names of the sites that take part.
+    """
+    workspace = Workspace()
+    log_to(workspace.root)
+    protocol = load_protocol(workspace.study_file)
+    key = run_key(workspace, protocol, tuple(sites))
+    folder = workspace.root / "runs" / key[:12]
+    earlier = _finished(workspace, protocol, key, folder)
+    if earlier is not None:
+        return earlier
+    watch = Stopwatch()
+    plan = protocol.plan(key)
+    with watch.stage("load"):
+        consortium = load_sites(protocol, tuple(sites), plan)
+    with watch.stage("federation"), RoundProgress(study) as progress:
+        fitted = _federate(plan, consortium, progress)
+    reference = None
+    if protocol.study.data != "patients":
+        with watch.stage("reference"):
+            reference = compare_with_truth(consortium, fitted, workspace.root)
+    record = StudyRecord(
+        run=key,
+        protocol=protocol,
+        fitted=fitted,
+        results=summarise(fitted, plan),
+        code_version=git_commit(),
+        reference=reference,
+        wall_s=dict(watch.wall_s),
+    )
+    with watch.stage("registry"):
+        registered = register_model(record, workspace)
+    n_patients = sum(len(x.time) for x in consortium.inputs.values())
+    outcome = StudyOutcome(
+        summary=summarise_record(record, registered, workspace, n_patients=n_patients)
+        | {"wall_s": watch.wall_s},
+        table=results_table(record),
+        reused=False,
+    )
+    _keep(outcome, folder)
+    _publish(record, outcome)
+    return outcome
+
+
+def _federate(plan: FederationPlan, consortium: Consortium, progress: RoundProgress) -> Fitted:
+    coordinator = Coordinator(plan, InProcess(consortium.studies), on_round=progress.advance)
+    describe_sites(coordinator)
+    encoders = fit_encoders(coordinator)
+    fusion = fit_fusion(coordinator)
+    evaluations = evaluate_models(coordinator, fusion)
+    return coordinator.fitted(encoders, fusion, evaluations)
+
+
+def _keep(outcome: StudyOutcome, folder: Path) -> None:
+    with replacing(folder / "results.md") as temporary:
+        temporary.write_text(to_markdown(outcome.table))
+    with replacing(folder / "summary.json") as temporary:
+        kept = {"summary": outcome.summary, "table": asdict(outcome.table)}
+        temporary.write_text(json.dumps(kept, indent=1))
+
+
+def _finished(
+    workspace: Workspace, protocol: StudyProtocol, key: str, folder: Path
+) -> StudyOutcome | None:
+    """Read what an earlier run of the same key left, if its model version still exists."""
+    try:
+        kept = json.loads((folder / "summary.json").read_text())
+        summary, table = kept["summary"], ResultsTable(**kept["table"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if find_version(workspace.mlflow_uri, protocol.study.name, key) is None:
+        return None
+    return StudyOutcome(summary=summary | {"wall_s": {}}, table=table, reused=True)
+
+
+def _publish(record: StudyRecord, outcome: StudyOutcome) -> None:
+    """Show table and figures on the flow run's page."""
+    create_markdown_artifact(
+        to_markdown(outcome.table), key="results", description="Concordance by site"
+    )
+    for name, figure in figures(record).items():
+        create_image_artifact(
+            _data_uri(figure), key=name.replace("_", "-"), description=name.replace("_", " ")
+        )
+
+
+def _data_uri(figure: Figure) -> str:
+    """Give a figure as text that a page shows without fetching anything."""
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=110)
+    return "data:image/png;base64," + base64.b64encode(image.getvalue()).decode()
