@@ -244,8 +244,9 @@ def _reference_notes(record: StudyRecord) -> list[str]:
         f"{arm.replace('_', ' ')} {x.value:.3f}" for arm, x in reference.concordance.items()
     )
     return [
-        f"On all test patients of all sites (simulation only): {values}; mean of models trained at "
-        f"one site {reference.local_mean:.3f}.",
+        f"On all test patients of all sites, whose rows may be pooled as the data are "
+        f"{record.protocol.study.data}: {values}; mean of models trained at one site "
+        f"{reference.local_mean:.3f}.",
         "Largest gap between the federated coefficients and an independent library's fit to the "
         f"pooled rows: {reference.max_coefficient_gap:.1e}.",
     ]

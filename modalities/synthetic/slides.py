@@ -130,13 +130,13 @@ def draw_slide(
     """
     cellularity, lymphocytes = np.clip(observed, -2.5, 2.5)
     tissue = _tissue(rng)
-    stroma = _stroma(0.38 + 0.055 * lymphocytes, rng)
+    stroma = _stroma(0.38 + 0.09 * lymphocytes, rng)
     inside = minimum_filter(tissue[_COARSE // 2 :: _COARSE, _COARSE // 2 :: _COARSE], 3)
     nests, between = inside * (1.0 - stroma), inside * (stroma + 0.08)
     haematoxylin = _stamped(
         [
-            _Nuclei(nests, int(620 * np.exp(0.26 * cellularity)), 5.6 + 0.6 * cellularity, 0.80),
-            _Nuclei(between, int(330 * np.exp(0.38 * lymphocytes)), 1.2, 1.30),
+            _Nuclei(nests, int(620 * np.exp(0.38 * cellularity)), 5.6 + 1.1 * cellularity, 0.80),
+            _Nuclei(between, int(330 * np.exp(0.60 * lymphocytes)), 1.2, 1.30),
             _Nuclei(between, 140, 1.8, 0.90),
         ],
         rng,
