@@ -247,10 +247,19 @@ def site_rows(
 
 
 def shared_table(inputs: SiteInputs, modality: str, protocol: StudyProtocol) -> Floats:
-    """(n, k) inputs of a consortium encoder, randomly projected where there are too many."""
-    values = inputs.modalities[modality].values
-    table = pool_bags(values) if not isinstance(values, np.ndarray) else values
-    projection = protocol.projection(modality)
-    if projection is None:
-        return np.asarray(table, dtype=np.float64)
-    return np.asarray(np.nan_to_num(table, nan=0.0) @ projection)
+    """(n, k) inputs of a consortium encoder, randomly projected where there are too many.
+
+    Embeddings share one scale, so that bags are averaged and projected first and harmonised then;
+    the columns of a table do not, and come harmonised.
+    """
+    found = inputs.modalities[modality]
+    if isinstance(found.values, np.ndarray):
+        projection = protocol.projection(modality, found.values.shape[1])
+        if projection is None:
+            return np.asarray(found.values, dtype=np.float64)
+        return np.asarray(np.nan_to_num(found.values, nan=0.0) @ projection)
+    means = pool_bags(found.values)
+    projection = protocol.projection(modality, means.shape[1])
+    projected = means if projection is None else means @ projection
+    train = inputs.train[found.rows]
+    return harmonised(projected, protocol.encoder[modality], train=train)

@@ -170,15 +170,16 @@ class StudyProtocol(_Section):
                 f"encoder.{name}.model: found {encoder.model}, needed one that reads "
                 f"{'tiles' if isinstance(spec, PathologySpec) else 'a table'}"
             )
-        if encoder.sharing == "local":
+        if encoder.sharing == "local" or isinstance(spec, PathologySpec):
             return
         known = self.feature_names(name)
-        if self.projection(name) is not None and encoder.harmonise == "none":
+        n_inputs = len(self.encoder_inputs(name))
+        if n_inputs > encoder.max_inputs and encoder.harmonise == "none":
             raise ValueError(
-                f"encoder.{name}.harmonise: found none, needed site, because "
-                f"{len(self.encoder_inputs(name))} inputs are projected to {encoder.max_inputs}"
+                f"encoder.{name}.harmonise: found none, needed site, because {n_inputs} inputs are "
+                f"projected to {encoder.max_inputs}"
             )
-        if not known and not encoder.inputs:
+        if n_inputs == 0:
             raise ValueError(
                 f"encoder.{name}.inputs: sharing sums needs the same inputs at every site; name "
                 f"them here or in modality.{name}.columns"
@@ -204,12 +205,12 @@ class StudyProtocol(_Section):
         """Names of the inputs of a table encoder, before any projection."""
         return self.encoder[name].inputs or self.feature_names(name)
 
-    def projection(self, name: str) -> NDArray[np.float64] | None:
-        """(p, k) random projection of a modality shared as sums, or None where p is small."""
-        encoder, n = self.encoder[name], len(self.encoder_inputs(name))
-        if encoder.sharing != "sums" or n <= encoder.max_inputs:
+    def projection(self, name: str, n_inputs: int) -> NDArray[np.float64] | None:
+        """(n_inputs, k) random projection of a modality shared as sums, or None where few."""
+        encoder = self.encoder[name]
+        if n_inputs <= encoder.max_inputs:
             return None
-        return random_projection(n, encoder.max_inputs, encoder.projection_seed)
+        return random_projection(n_inputs, encoder.max_inputs, encoder.projection_seed)
 
     def sums_inputs(self) -> dict[str, tuple[str, ...]]:
         """Per modality shared as sums, the names of its encoder's inputs after projection."""
@@ -217,7 +218,7 @@ class StudyProtocol(_Section):
         for name, encoder in self.encoder.items():
             if encoder.sharing == "sums":
                 names = self.encoder_inputs(name)
-                if self.projection(name) is not None:
+                if encoder.reads_tiles or len(names) > encoder.max_inputs:
                     names = tuple(f"projection_{i}" for i in range(encoder.max_inputs))
                 found[name] = names
         return found
@@ -381,7 +382,7 @@ def _default_encoder(section: Any) -> dict[str, str]:
     """Gated attention that stays at the site for slides, linear sums for tables."""
     kind = section.get("kind") if isinstance(section, dict) else kind_of(section)
     if kind == "pathology":
-        return {"model": "gated_attention", "sharing": "local", "harmonise": "none"}
+        return {"model": "gated_attention", "sharing": "local", "harmonise": "site"}
     # Age and stage mean the same everywhere; measurements carry their machine's level.
     harmonise = "none" if kind == "clinical" else "site"
     return {"model": "linear", "sharing": "sums", "harmonise": harmonise}

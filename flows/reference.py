@@ -140,13 +140,17 @@ def _columns_by(consortium: Consortium, *, encoders_of: str, patients_of: str) -
 
 
 def pooled_log_hazard(consortium: Consortium, fitted: Fitted) -> dict[str, Floats]:
-    """Per site, the test log hazard of a model whose encoders and fusion saw the pooled rows."""
+    """Per site, the test log hazard of a model whose encoders and fusion saw the pooled rows.
+
+    Bags get the network that the protocol names, trained on all sites' bags, also where the
+    consortium shares a linear encoder of them: what pooling would allow, not what it would mimic.
+    """
     protocol = consortium.protocol
     columns = {}
     for modality in protocol.modalities:
         columns[modality] = (
             _pooled_linear(consortium, fitted, modality)
-            if modality in fitted.encoders
+            if modality in fitted.encoders and not protocol.encoder[modality].reads_tiles
             else _pooled_encoder(consortium, modality)
         )
     trained = [x for x in consortium.inputs.values() if x.trains]

@@ -49,11 +49,12 @@ class EncoderSpec(BaseModel):
 
     model: Literal["linear", "mlp", "gated_attention", "mean_pooling"] = Field(
         default="linear",
-        description="linear and mlp read tables (bags are averaged first); the others read bags.",
+        description="What a site trains: linear and mlp read tables, the others bags of tiles.",
     )
     sharing: Literal["local", "sums"] = Field(
         default="local",
-        description="local: the encoder never leaves its site; sums: fitted by federated Newton.",
+        description="local: the encoder never leaves its site; sums: beside it the consortium fits "
+        "a linear encoder of the table, or of the projected mean of a bag, by federated Newton.",
     )
     inputs: tuple[str, ...] = Field(
         default=(), description="Names of the features used, in this order; empty means all."
@@ -117,10 +118,6 @@ class EncoderSpec(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> EncoderSpec:
-        if self.sharing == "sums" and self.model != "linear":
-            raise ValueError(
-                f"sharing: found sums with model {self.model}, needed model linear or sharing local"
-            )
         if len(set(self.inputs)) != len(self.inputs):
             raise ValueError("inputs: found repeated names, needed unique ones")
         return self

@@ -286,7 +286,7 @@ def _shades(stain: Stain, rng: np.random.Generator) -> NDArray[np.uint32]:
     """
     steps = np.arange(_SHADES) * _SHADE
     left = 1.0 - 0.6 * np.minimum(steps, 1.0)[:, None]
-    strength = rng.normal(1.0, 0.10, 2).clip(0.7, 1.3)
+    strength = rng.normal(1.0, 0.05, 2).clip(0.7, 1.3)
     density = (
         steps[:, None, None] * stain.haematoxylin * strength[0]
         + (steps * left)[:, :, None] * stain.eosin * strength[1]
