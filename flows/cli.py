@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from flows.protocol import StudyProtocol
+    from flows.summary import Run
     from modalities.cohort import Exclusion
 
 app = typer.Typer(
@@ -76,7 +77,7 @@ def _sentence(error: Exception) -> str | None:
     from modalities.pathology import MissingWeights, UnknownEncoder
 
     if isinstance(error, SiteError):
-        return error.detail or str(error)
+        return _sentence(error.cause) or f"{error}; see the local log, logs/consilium.log"
     known = (ProtocolError, ServiceError, QuorumNotMet, DataError, MissingWeights, UnknownEncoder)
     return str(error) if isinstance(error, known) else None
 
@@ -107,19 +108,21 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Simulate a consortium from raw files, and run the whole study on it."""
-    from flows.demo import compare_seeds, run_demo
-
     sizes = _sizes(sites)
     if seeds > 1 and not tables_only:
         raise UsageError("--seeds: found it without --tables-only, needed both")
     if seeds > 1:
+        from flows.demo import compare_seeds
+
         with _quiet_status("comparing over seeds"):
             found = compare_seeds(sizes, range(seed, seed + seeds))
         _print_seeds(found, as_json=as_json)
         return
-    say = _silent if as_json else _say
-    with _as_usage_error():
-        summary = run_demo(out, sizes, seed=seed, tables_only=tables_only, say=say)
+    root = out.resolve()
+    with _serving(root, as_json=as_json) as run, _as_usage_error():
+        from flows.demo import run_demo
+
+        summary = run_demo(root, sizes, run, seed=seed, tables_only=tables_only)
     _print_study(summary, as_json=as_json)
 
 
@@ -190,14 +193,18 @@ def study_run(root: Root = Path(), as_json: Json = False) -> None:
 
     All sites run in this process: for simulated and public data, and for trying out.
     """
-    from flows.demo import run_workspace
-
     workspace, _ = _workspace(root)
     names = workspace.site_names()
     if len(names) < 2:
-        raise UsageError(f"sites: found {len(names)} below {root}, needed at least 2")
-    say = _silent if as_json else _say
-    _print_study(run_workspace(workspace.root, names, say), as_json=as_json)
+        raise UsageError(
+            f"sites: found {len(names)} below the folder, needed at least 2; one site has nothing "
+            "to federate"
+        )
+    with _serving(workspace.root, as_json=as_json) as run:
+        from flows.demo import run_workspace
+
+        summary = run_workspace(workspace.root, names, run)
+    _print_study(summary, as_json=as_json)
 
 
 @site_app.command("init")
@@ -251,11 +258,10 @@ def site_prepare(
     root: Root = Path(),
 ) -> None:
     """Turn a site's raw inputs into its cohort, doing only what is new."""
-    from flows.demo import prefect_session
-
     workspace, protocol = _workspace(root)
     name = _only_site(workspace, site)
-    with prefect_session(workspace.root):
+    with _serving(workspace.root) as run:
+        _connected(workspace.root, run)
         from flows.site import prepare_site
 
         done = prepare_site(protocol.study.name, name)
@@ -273,11 +279,10 @@ def site_train(
     root: Root = Path(),
 ) -> None:
     """Train a site's own encoders on its cohort."""
-    from flows.demo import prefect_session
-
     workspace, protocol = _workspace(root)
     name = _only_site(workspace, site)
-    with prefect_session(workspace.root):
+    with _serving(workspace.root) as run:
+        _connected(workspace.root, run)
         from flows.site import train_site
 
         left_out = train_site(protocol.study.name, name)
@@ -309,6 +314,24 @@ def _write_new(path: Path, text: str, *, force: bool, private: bool = False) -> 
         temporary.write_text(text, encoding="utf-8")
         temporary.chmod(0o600 if private else 0o644)
     _say(f"wrote {path}")
+
+
+@contextmanager
+def _serving(root: Path, *, as_json: bool = False) -> Iterator[Run]:
+    """Start Prefect's server before anything slow is imported: it boots while we work."""
+    from flows.services import prefect_server
+    from flows.summary import Run, Stopwatch
+
+    watch = Stopwatch()
+    with prefect_server(root / "prefect") as server:
+        yield Run(server, watch, _silent if as_json else _say)
+
+
+def _connected(root: Path, run: Run) -> None:
+    from flows.demo import connect
+
+    connect(run.server, root)
+    run.server.wait_ready()
 
 
 @contextmanager

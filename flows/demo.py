@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from importlib import resources
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,19 +15,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flows.protocol import load_protocol
-from flows.services import client_settings, prefect_server
-from flows.summary import Stopwatch, comparison
+from flows.services import client_settings
+from flows.summary import comparison
 from infra.settings import SITE_FILE, STUDY_FILE, Workspace
 from modalities.files import replacing
 from modalities.synthetic import GENE_SETS, simulate
 from modalities.synthetic.tables import feature_names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from flows.services import Server
-
-    Say = Callable[[str], None]
+    from flows.summary import Run
 
 STUDY = "demo"
 DEFAULT_SITES = (160, 110, 90, 40)
@@ -44,6 +42,12 @@ def write_once(path: Path, text: str) -> None:
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def connect(server: Server, root: Path) -> None:
+    """Point Prefect and our flows at a server and a folder; Prefect must not be imported yet."""
+    os.environ.update(client_settings(server.api_url, root / "prefect"))
+    os.environ["CONSILIUM_ROOT"] = str(root)
 
 
 def demo_protocol(*, tables_only: bool) -> str:
@@ -81,54 +85,39 @@ def write_consortium(
 
 
 def run_demo(
-    root: Path, sites: Sequence[int], *, seed: int, tables_only: bool, say: Say
+    root: Path,
+    sites: Sequence[int],
+    run: Run,
+    *,
+    seed: int,
+    tables_only: bool,
 ) -> dict[str, Any]:
-    """Simulate, prepare, train and run the study; return the summary with the table's text.
+    """Simulate a consortium below ``root`` and run its study, as :func:`run_workspace` does.
 
     Every stage recognises its own finished work, so that a second call continues or repeats
     nothing.
     """
-    watch = Stopwatch()
-    root = root.resolve()
-    with prefect_server(root / "prefect") as server:
-        with watch.stage("simulate"):
-            say("simulating a consortium's registries and data")
-            names = write_consortium(root, sites, seed=seed, tables_only=tables_only)
-        return _run_flows(root, names, server, watch, say)
+    with run.watch.stage("simulate"):
+        run.say("simulating a consortium's registries and data")
+        names = write_consortium(root, sites, seed=seed, tables_only=tables_only)
+    return run_workspace(root, names, run)
 
 
-def run_workspace(root: Path, sites: Sequence[str], say: Say) -> dict[str, Any]:
-    """Prepare, train and run the study of a folder that holds study and sites."""
-    with prefect_server(root / "prefect") as server:
-        return _run_flows(root, sites, server, Stopwatch(), say)
+def run_workspace(root: Path, sites: Sequence[str], run: Run) -> dict[str, Any]:
+    """Prepare, train and run the study of a folder that holds study and sites.
 
-
-@contextmanager
-def prefect_session(root: Path) -> Iterator[None]:
-    """Make flows report to a Prefect server for the length of the block.
-
-    Prefect must not have been imported before.
+    Returns
+    -------
+    dict
+        The summary of the run, seconds per stage, and the results table under ``table``.
     """
-    with prefect_server(root / "prefect") as server:
-        _connect(server, root)
-        yield
-
-
-def _connect(server: Server, root: Path) -> None:
-    os.environ.update(client_settings(server.api_url, root / "prefect"))
-    os.environ["CONSILIUM_ROOT"] = str(root)
-    server.wait_ready()
-
-
-def _run_flows(
-    root: Path, sites: Sequence[str], server: Server, watch: Stopwatch, say: Say
-) -> dict[str, Any]:
-    """Run the flows of every site, then the coordinator's."""
+    watch, say = run.watch, run.say
     with watch.stage("start"):
-        _connect(server, root)
+        connect(run.server, root)
         from flows.site import prepare_site, train_site
         from flows.study import run_study
 
+        run.server.wait_ready()
     study = load_protocol(root / STUDY_FILE).study.name
     for site in sites:
         with watch.stage("prepare"):

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fusion.encoders import FittedEncoder, pool_bags, take
+from fusion.encoder_inputs import pool_bags, take
 from fusion.federation import Outcome, SiteRows, Split
-from fusion.training import TooFewEvents, TrainingDiverged, cross_fit, fit_encoder
 from modalities.cohort import TRAIN, rows_of
 from modalities.harmonise import fit_site_scaler
 from modalities.pathology import PathologySpec, read_bag
@@ -24,7 +23,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from flows.protocol import StudyProtocol
-    from fusion.encoders import EncoderSpec, Inputs
+    from fusion.encoder_inputs import Inputs
+    from fusion.encoder_spec import EncoderSpec
+    from fusion.encoders import FittedEncoder
 
     Floats = NDArray[np.float64]
 
@@ -210,7 +211,9 @@ def train_local(inputs: SiteInputs, modality: str, spec: EncoderSpec, *, seed: i
     found = inputs.modalities.get(modality)
     if found is None or not inputs.trains:
         return LocalEncoder(None, np.zeros(0), "no patient has it")
-    spec = spec.model_copy(update={"sharing": "local"})
+    # Torch takes seconds to import, and only a fit should wait for it.
+    from fusion.training import TooFewEvents, TrainingDiverged, cross_fit, fit_encoder
+
     train = np.flatnonzero(inputs.train[found.rows])
     rows = found.rows[train]
     outcome = (inputs.event[rows], inputs.time[rows])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fusion.encoders import EncoderSpec, random_projection
+from fusion.encoder_spec import EncoderSpec, random_projection
 from fusion.federation import LOCAL_ENCODERS, PROTOCOL, FederationPlan
 from fusion.privacy import MinimumCounts
 from modalities.clinical import ClinicalSpec
@@ -233,12 +233,16 @@ class StudyProtocol(_Section):
         """Name of the modality that reads the registry."""
         return next(x for x, spec in self.modality.items() if isinstance(spec, ClinicalSpec))
 
-    def fingerprint(self) -> str:
-        """SHA-256 over canonical JSON of the whole protocol, kinds and defaults included."""
+    def values(self) -> dict[str, Any]:
+        """Give the whole protocol as plain values, kinds and defaults included."""
         values = self.model_dump(mode="json")
         for name, spec in self.modality.items():
             values["modality"][name]["kind"] = kind_of(spec)
-        return fingerprint(values)
+        return values
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the canonical JSON of :meth:`values`."""
+        return fingerprint(self.values())
 
     def plan(self, run: str) -> FederationPlan:
         """Give the part that the federation runs on."""

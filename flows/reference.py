@@ -14,12 +14,11 @@ import pandas as pd
 
 from flows.inputs import shared_table
 from flows.records import Reference
-from fusion.encoders import take
+from fusion.encoder_inputs import take
 from fusion.evaluation import NoComparablePairs, PairCounts, concordance_index, pair_counts
 from fusion.federation import LOCAL_ENCODERS, PROTOCOL
 from fusion.late import fit_late_fusion, linear_inputs
 from fusion.survival import fit_cox, moments
-from fusion.training import cross_fit, fit_encoder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -63,11 +62,7 @@ def compare(
     true_log_hazard
         Per site and patient; None where nobody knows it.
     """
-    scored = {
-        "federated": _federated(consortium, fitted, PROTOCOL),
-        "federated_local_encoders": _federated(consortium, fitted, LOCAL_ENCODERS),
-        "pooled": pooled_log_hazard(consortium, fitted),
-    }
+    scored = arm_log_hazard(consortium, fitted)
     if true_log_hazard is not None:
         scored["true_hazard"] = {
             site: np.array([true_log_hazard[site][x] for x in found.patient_ids[~found.train]])
@@ -85,6 +80,15 @@ def compare(
         local_mean=float(np.mean([e.value for e in local.values()])),
         max_coefficient_gap=max_coefficient_gap(consortium, fitted),
     )
+
+
+def arm_log_hazard(consortium: Consortium, fitted: Fitted) -> dict[str, dict[str, Floats]]:
+    """Per arm and site, the (n_test,) log hazard of the site's test patients; higher is worse."""
+    return {
+        "federated": _federated(consortium, fitted, PROTOCOL),
+        "federated_local_encoders": _federated(consortium, fitted, LOCAL_ENCODERS),
+        "pooled": pooled_log_hazard(consortium, fitted),
+    }
 
 
 def _pairs(consortium: Consortium, log_hazard: Mapping[str, Floats]) -> dict[str, PairCounts]:
@@ -224,6 +228,8 @@ def _spread(
 
 
 def _pooled_encoder(consortium: Consortium, modality: str) -> dict[str, Floats]:
+    from fusion.training import cross_fit, fit_encoder  # torch takes seconds to import
+
     having = {s: x for s, x in consortium.inputs.items() if modality in x.modalities}
     pool = _pool(consortium, modality)
     if not pool.sites:
@@ -237,7 +243,7 @@ def _pooled_encoder(consortium: Consortium, modality: str) -> dict[str, Floats]:
         if isinstance(values[0], np.ndarray)
         else [bag for bags in values for bag in bags]
     )
-    spec = consortium.protocol.encoder[modality].model_copy(update={"sharing": "local"})
+    spec = consortium.protocol.encoder[modality]
     seed = consortium.protocol.study.seed
     crossed = cross_fit(
         rows, pool.event, pool.time, pool.folds, spec, strata=pool.strata, seed=seed

@@ -479,16 +479,9 @@ def _save_artifacts(folder: Path, record: StudyRecord, card: str) -> None:
     (folder / "results.md").write_text(table, encoding="utf-8")
     encoders = {name: encoder.to_dict() for name, encoder in record.fitted.encoders.items()}
     _write_json(folder / "encoders.json", encoders)
-    _write_json(folder / "protocol.json", _protocol_values(record))
+    _write_json(folder / "protocol.json", record.protocol.values())
     for name, figure in figures(record).items():
         figure.savefig(folder / "figures" / f"{name}.png", dpi=120)
-
-
-def _protocol_values(record: StudyRecord) -> dict[str, Any]:
-    values = record.protocol.model_dump(mode="json")
-    for name, spec in record.protocol.modality.items():
-        values["modality"][name] = {"kind": kind_of(spec), **values["modality"][name]}
-    return values
 
 
 def _write_json(path: Path, values: Any) -> None:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from prefect.client.schemas import State
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -23,14 +25,14 @@ class SiteError(RuntimeError):
 
     Attributes
     ----------
-    detail
-        The sentence for the person at this terminal; not part of the exception's text, which is
-        what Prefect sends to its server.
+    cause
+        The exception itself, for the person at this terminal; not part of this one's text, which
+        is what Prefect sends to its server.
     """
 
-    def __init__(self, code: str, detail: str = "") -> None:
+    def __init__(self, code: str, cause: Exception) -> None:
         super().__init__(code)
-        self.detail = detail
+        self.cause = cause
 
 
 def log_to(folder: Path) -> None:
@@ -54,6 +56,13 @@ def note(error: Exception) -> None:
     _LOG.error("%s", type(error).__name__, exc_info=error)
 
 
+def may_pass(task: object, run: object, state: State[object]) -> bool:
+    """Say whether a failed task is worth another try: a disk or a network may recover."""
+    del task, run
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, SiteError) and isinstance(error.cause, OSError)
+
+
 def sealed(body: Callable[P, R]) -> Callable[P, R]:
     """Wrap the body of a task so that only a code leaves it, and the details stay in the local log.
 
@@ -69,8 +78,8 @@ def sealed(body: Callable[P, R]) -> Callable[P, R]:
         except Exception as error:  # noqa: BLE001
             note(error)
             code = f"{body.__name__}:{getattr(error, 'code', type(error).__name__)}"
-            detail = str(error)
-        # Outside the except block, so that no original exception hangs on this one.
-        raise SiteError(code, detail)
+            cause = error
+        # Outside the except block: a chained exception's text would go to the server with it.
+        raise SiteError(code, cause)
 
     return wrapped

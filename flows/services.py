@@ -132,7 +132,8 @@ def prefect_server(home: Path, *, port: int | None = None) -> Iterator[Server]:
 def client_settings(api_url: str, home: Path) -> dict[str, str]:
     """Give the environment variables that flows need, to be set before Prefect is imported.
 
-    Nothing of a log reaches the server, and the terminal shows warnings only.
+    Nothing of a log reaches the server. The terminal stays quiet: a failure ends the command with
+    one sentence, and its traceback stands in the local log.
 
     Parameters
     ----------
@@ -144,7 +145,7 @@ def client_settings(api_url: str, home: Path) -> dict[str, str]:
     settings = {
         **_private(home),
         "PREFECT_API_URL": api_url,
-        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_TO_API_ENABLED": "false",
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,12 +17,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.extraction import Ledger, ModalityWork, collect, extract_batch, plan_modality
-from flows.inputs import LocalEncoder, site_inputs, train_local
+from flows.inputs import LocalEncoder, keyed_digest, site_inputs, train_local
 from flows.progress import Progress
 from flows.protocol import load_protocol
-from flows.sealed import log_to, note, sealed
+from flows.sealed import log_to, may_pass, note, sealed
 from flows.versions import source_digest
-from fusion.encoders import FittedEncoder
 from infra.settings import SiteSettings, Workspace
 from modalities.clinical import read_registry
 from modalities.cohort import (
@@ -32,12 +31,12 @@ from modalities.cohort import (
     assign_splits,
     keyed_unit,
     read_cohort,
+    read_cohort_digest,
     read_manifest,
-    rows_of,
     write_cohort,
     write_exclusions,
 )
-from modalities.files import fingerprint, replacing
+from modalities.files import fingerprint, replacing, sweep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -84,8 +83,8 @@ def open_site(study: str, site: str) -> tuple[SiteSettings, StudyProtocol]:
 
 
 @task(
-    name="read-registry", retries=2, retry_delay_seconds=2, cache_policy=NO_CACHE,
-    persist_result=False,
+    name="read-registry", retries=2, retry_delay_seconds=2, retry_condition_fn=may_pass,
+    cache_policy=NO_CACHE, persist_result=False,
 )  # fmt: skip
 @sealed
 def read_site_registry(
@@ -97,8 +96,8 @@ def read_site_registry(
 
 
 @task(
-    name="list-inputs", retries=2, retry_delay_seconds=2, cache_policy=NO_CACHE,
-    persist_result=False,
+    name="list-inputs", retries=2, retry_delay_seconds=2, retry_condition_fn=may_pass,
+    cache_policy=NO_CACHE, persist_result=False,
 )  # fmt: skip
 @sealed
 def list_inputs(
@@ -107,6 +106,7 @@ def list_inputs(
     """Read the manifest and find what is new or changed since the last time."""
     names = [x for x in protocol.modalities if x != protocol.clinical]
     rows, exclusions = read_manifest(settings.path(settings.manifest), names)
+    sweep(settings.path("features"))
     ledger = Ledger(settings.path("features", "digests.json"))
     works = [
         plan_modality(
@@ -125,7 +125,7 @@ def list_inputs(
 
 @task(
     name="extract-batch", task_run_name="{label}", retries=2, retry_delay_seconds=5,
-    cache_policy=NO_CACHE, persist_result=False,
+    retry_condition_fn=may_pass, cache_policy=NO_CACHE, persist_result=False,
 )  # fmt: skip
 @sealed
 def extract_site_batch(work: ModalityWork, at: int, label: str) -> list[Exclusion]:
@@ -253,23 +253,17 @@ def load_inputs(settings: SiteSettings, protocol: StudyProtocol) -> SiteInputs:
 def train_site_encoder(
     settings: SiteSettings, protocol: StudyProtocol, inputs: SiteInputs, modality: str
 ) -> str:
-    """Train one modality's encoder, unless the same was trained before; return why not, if so."""
-    folder = settings.path("encoders", modality)
-    key = encoder_key(inputs, protocol, modality)
-    if _kept(folder, key) is None:
-        trained = train_local(
-            inputs, modality, protocol.encoder[modality], seed=protocol.study.seed
-        )
-        _keep(folder, key, trained)
-        return trained.reason
-    return ""
+    """Train one modality's encoder and keep it; return why it was left out, if it was."""
+    trained = train_local(inputs, modality, protocol.encoder[modality], seed=protocol.study.seed)
+    key = encoder_key(inputs.cohort, protocol, modality)
+    _keep(settings.path("encoders", modality), key, trained)
+    return trained.reason
 
 
-def encoder_key(inputs: SiteInputs, protocol: StudyProtocol, modality: str) -> str:
-    """Fingerprint of everything that a trained encoder depends on."""
-    return fingerprint(
-        [inputs.cohort, protocol.fingerprint(), modality, source_digest("fusion", "modalities")]
-    )
+def encoder_key(cohort: str, protocol: StudyProtocol, modality: str) -> str:
+    """Fingerprint of everything that a trained encoder depends on: cohort, protocol and code."""
+    code = source_digest("fusion", "modalities")
+    return fingerprint([cohort, protocol.fingerprint(), modality, code])
 
 
 def _keep(folder: Path, key: str, trained: LocalEncoder) -> None:
@@ -284,20 +278,29 @@ def _keep(folder: Path, key: str, trained: LocalEncoder) -> None:
         temporary.write_text(json.dumps(about))
 
 
-def _kept(folder: Path, key: str) -> LocalEncoder | None:
+def _about(folder: Path) -> dict[str, Any] | None:
+    """Read which cohort, protocol and code a trained encoder belongs to; None without one."""
     try:
         about = json.loads((folder / "encoder.json").read_text())
-        if about["key"] != key:
-            return None
-        encoder = (
-            FittedEncoder.from_bytes((folder / "encoder.safetensors").read_bytes())
-            if about["trained"]
-            else None
-        )
-        return LocalEncoder(encoder, np.load(folder / "log_hazard.npy"), about["reason"])
-    except (OSError, ValueError, KeyError) as error:
-        if not isinstance(error, FileNotFoundError):
-            note(error)
+        return about if {"key", "reason", "trained"} <= set(about) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _kept(folder: Path, key: str) -> LocalEncoder | None:
+    from fusion.encoders import FittedEncoder  # torch takes seconds to import
+
+    about = _about(folder)
+    if about is None or about["key"] != key:
+        return None
+    try:
+        log_hazard = np.load(folder / "log_hazard.npy")
+        if not about["trained"]:
+            return LocalEncoder(None, log_hazard, about["reason"])
+        weights = (folder / "encoder.safetensors").read_bytes()
+        return LocalEncoder(FittedEncoder.from_bytes(weights), log_hazard)
+    except (OSError, ValueError) as error:
+        note(error)
         return None
 
 
@@ -307,7 +310,9 @@ def load_encoders(
     """Read the encoders that this cohort was trained to; missing ones are absent."""
     found = {}
     for modality in protocol.modalities:
-        kept = _kept(settings.path("encoders", modality), encoder_key(inputs, protocol, modality))
+        kept = _kept(
+            settings.path("encoders", modality), encoder_key(inputs.cohort, protocol, modality)
+        )
         if kept is not None:
             found[modality] = kept
     return found
@@ -324,17 +329,33 @@ def train_site(study: str, site: str) -> dict[str, str]:
         Per modality left out, the reason.
     """
     settings, protocol = open_site(study, site)
+    cohort = keyed_digest(settings.key, read_cohort_digest(settings.path(COHORT)))
+    known = {
+        modality: _about(settings.path("encoders", modality)) for modality in protocol.modalities
+    }
+    left_out = {
+        modality: str(about["reason"])
+        for modality, about in known.items()
+        if about is not None and about["key"] == encoder_key(cohort, protocol, modality)
+    }
+    pending = [modality for modality in protocol.modalities if modality not in left_out]
+    if pending:
+        left_out |= _train(settings, protocol, pending)
+    return {modality: reason for modality, reason in left_out.items() if reason}
+
+
+def _train(
+    settings: SiteSettings, protocol: StudyProtocol, modalities: list[str]
+) -> dict[str, str]:
     inputs = load_inputs(settings, protocol)
     if not inputs.trains:
-        return dict.fromkeys(protocol.modalities, "the site is below its training minimum")
-    left_out = {}
-    with Progress(f"{site}: train", total=len(protocol.modalities)) as progress:
-        for modality in protocol.modalities:
-            reason = train_site_encoder(settings, protocol, inputs, modality)
-            if reason:
-                left_out[modality] = reason
+        return dict.fromkeys(modalities, "the site is below its training minimum")
+    reasons = {}
+    with Progress(f"{settings.name}: train", total=len(modalities)) as progress:
+        for modality in modalities:
+            reasons[modality] = train_site_encoder(settings, protocol, inputs, modality)
             progress.advance(1)
-    return left_out
+    return reasons
 
 
 __all__ = [
@@ -343,6 +364,5 @@ __all__ = [
     "load_inputs",
     "open_site",
     "prepare_site",
-    "rows_of",
     "train_site",
 ]

@@ -19,7 +19,7 @@ from flows.records import StudyRecord
 from flows.reference import Consortium, compare
 from flows.registry import Registered, find_version, track_study
 from flows.reports import ResultsTable, figures, results_table, to_markdown
-from flows.sealed import log_to, note, sealed
+from flows.sealed import log_to, may_pass, note, sealed
 from flows.site import COHORT, load_encoders, load_inputs, open_site
 from flows.summary import Stopwatch, summarise_record
 from flows.versions import git_commit, source_digest
@@ -132,13 +132,15 @@ def compare_with_truth(consortium: Consortium, fitted: Fitted, root: Path) -> Re
     return compare(consortium, fitted, true_log_hazard=truth)
 
 
-@task(name="register-model", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE,
-      persist_result=False)  # fmt: skip
+@task(
+    name="register-model", retries=2, retry_delay_seconds=5, retry_condition_fn=may_pass,
+    cache_policy=NO_CACHE, persist_result=False,
+)  # fmt: skip
 @sealed
 def register_model(record: StudyRecord, workspace: Workspace) -> Registered:
     """Log the run to MLflow and register its model as a new version."""
     return track_study(
-        record, tracking_uri=workspace.mlflow_uri, artifact_root=workspace.root / "mlartifacts"
+        record, tracking_uri=workspace.mlflow_uri, artifact_root=workspace.root / "artifacts"
     )
 
 

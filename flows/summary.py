@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from flows.records import Reference, StudyRecord
     from flows.registry import Registered
+    from flows.services import Server
     from fusion.evaluation import Estimate
     from infra.settings import Workspace
 
@@ -36,6 +37,15 @@ class Stopwatch:
             yield
         finally:
             self.wall_s[name] = self.wall_s.get(name, 0.0) + clock.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command starts before anything slow: the server, the watch, where to say things."""
+
+    server: Server
+    watch: Stopwatch
+    say: Callable[[str], None]
 
 
 def summarise_record(

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit, logit
-from scipy.stats import chi2
+from scipy.special import chdtrc, chdtri, expit, logit
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -713,7 +712,7 @@ def log_rank_test(sums: LogRankSums | Sequence[LogRankSums]) -> LogRankTest:
     inverse = np.linalg.pinv(pooled.variance, rcond=tolerance, hermitian=True)
     excess = pooled.observed_minus_expected
     statistic = float(excess @ inverse @ excess)
-    return LogRankTest(statistic, rank, float(chi2.sf(statistic, rank)))
+    return LogRankTest(statistic, rank, float(chdtrc(rank, statistic)))
 
 
 def calibration_sums(
@@ -834,8 +833,8 @@ def observed_expected_ratio(sums: ObservedExpected | Sequence[ObservedExpected])
     if not pooled.expected > 0.0:
         raise ValueError(f"expected: found {pooled.expected:g} events, needed more than none")
     seen = max(pooled.observed, 0.0)
-    low = chi2.ppf(_TAIL, 2.0 * seen) / 2.0 if seen > 0.0 else 0.0
-    high = chi2.ppf(1.0 - _TAIL, 2.0 * (seen + 1.0)) / 2.0
+    low = chdtri(2.0 * seen, 1.0 - _TAIL) / 2.0 if seen > 0.0 else 0.0
+    high = chdtri(2.0 * (seen + 1.0), _TAIL) / 2.0
     figures = np.array([seen, np.sqrt(seen), low, high]) / pooled.expected
     return Estimate(*figures.tolist())
 

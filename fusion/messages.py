@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fusion.privacy import Refusal
 
 MAX_BYTES: Final = 64 * 1024 * 1024
+_MAX_HEADER_BYTES: Final = 2 * 1024 * 1024
 _MAGIC: Final = b"CNSL1"
 _HEADER: Final = struct.Struct("<5sI")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_./-]{0,99}")
@@ -229,6 +230,8 @@ Message = (
 )  # fmt: skip
 _TYPES: Final[dict[str, type]] = {kind.__name__: kind for kind in get_args(Message)}
 _HINTS: Final = {name: get_type_hints(kind, include_extras=True) for name, kind in _TYPES.items()}
+# Names come one per row of the arrays beside them, and before them in every message.
+_NAMED_DIM: Final = {"designs": "fits"}
 _CODES: Final = frozenset(get_args(Refusal))
 
 
@@ -273,10 +276,13 @@ def decode(payload: bytes) -> Message:
         magic, size = _HEADER.unpack_from(payload)
         if magic != _MAGIC:
             raise MessageError("message: does not begin as one")
+        if size > _MAX_HEADER_BYTES:
+            raise MessageError(f"message: found a header of {size} bytes, needed fewer")
         header = json.loads(payload[_HEADER.size : _HEADER.size + size])
         kind, plain, sizes = header["kind"], header["values"], header["arrays"]
-        hints = _HINTS[kind]
-        if set(header) != {"kind", "values", "arrays"} or set(plain) | set(sizes) != set(hints):
+        arrays = set(_array_shapes(kind))
+        fields_found = (set(header), set(plain), set(sizes))
+        if fields_found != ({"kind", "values", "arrays"}, set(_HINTS[kind]) - arrays, arrays):
             raise MessageError(f"{kind}: found other fields than the schema has")
         values = {
             name: tuple(value) if isinstance(value, list) else value
@@ -330,6 +336,8 @@ def _check(kind: str, values: dict[str, Any]) -> None:
             _check_array(where, values[name], shapes[name], sizes)
         else:
             _check_plain(where, values[name], hint)
+            if isinstance(values[name], tuple):
+                sizes.setdefault(_NAMED_DIM.get(name, name), len(values[name]))
 
 
 def _check_array(where: str, value: Any, shape: Shape, sizes: dict[str, int]) -> None:

@@ -16,6 +16,8 @@ Refusal = Literal[
     "wrong_protocol",
     "wrong_run",
     "malformed_request",
+    "already_answered",
+    "rounds_spent",
     "small_cell",
     "site_error",
 ]
@@ -77,6 +79,23 @@ class MinimumCounts(BaseModel):
             if self.refuses(n_patients=n_patients, n_events=n_events, n_inputs=n_inputs):
                 return "fold_too_small"
         return None
+
+
+def outweighed(log_hazard: np.ndarray, *, share: float = 0.8) -> bool:
+    """Whether one patient carries most of a sum weighted by hazard, or the hazards overflow.
+
+    Such a sum tells that patient's values, however many patients stand behind it.
+
+    Parameters
+    ----------
+    log_hazard
+        (n,) higher is worse.
+    share
+        Of all weight, above which one patient outweighs the others.
+    """
+    if log_hazard.size == 0 or not np.isfinite(log_hazard).all():
+        return log_hazard.size > 0
+    return bool(1.0 > share * np.exp(log_hazard - log_hazard.max()).sum())
 
 
 def releasable_edges(

@@ -142,7 +142,9 @@ def _stratum_sums(x: Floats, event: Bools, time: Floats, beta: Floats) -> CoxSum
     n_events = int(event.sum())
     if n_events == 0:
         return CoxSums(0.0, np.zeros(len(beta)), np.zeros((len(beta),) * 2), len(time), 0)
-    weight = np.exp(log_hazard - shift)  # (n,)
+    # A weight that underflowed would leave a risk set empty. The floor only lowers the likelihood,
+    # so that a step this far out is halved like any other that does not improve.
+    weight = np.exp(np.maximum(log_hazard - shift, -600.0))  # (n,)
     event_time = time[event]
     tied_first = np.searchsorted(event_time, event_time, side="left")  # (d,)
     n_tied = np.searchsorted(event_time, event_time, side="right") - tied_first
@@ -227,17 +229,13 @@ class NewtonFit:
                 f"Newton fit: no convergence in {MAX_ROUNDS} rounds; raise the ridge"
             )
         objective, gradient, information = self._penalised(sums)
-        if not np.isfinite(objective) or objective < self.objective - 1e-12 * abs(objective):
+        finite = np.isfinite(objective) and np.isfinite(information).all()
+        if not finite or objective < self.objective - 1e-12 * abs(objective):
             self._halve()
             return
         self.accepted, self.objective = self.candidate, objective
         self.n_patients, self.n_events = sums.n_patients, sums.n_events
-        try:
-            inverse = np.linalg.inv(information)
-        except np.linalg.LinAlgError:
-            raise ConvergenceError(
-                "Newton fit: the information matrix is singular; raise the ridge or drop an input"
-            ) from None
+        inverse = _inverse(information)
         self.step = inverse @ gradient
         self.covariance = inverse / sums.n_patients
         if float(gradient @ self.step) <= TOLERANCE:
@@ -265,6 +263,16 @@ class NewtonFit:
             self.candidate, self.converged = self.accepted, True
         else:
             self.candidate = self.accepted + self.step
+
+
+def _inverse(information: Floats) -> Floats:
+    # Rounding hides an exact singularity from a solver: look at the spectrum instead.
+    values, vectors = np.linalg.eigh(information)
+    if not values[0] > 1e-13 * values[-1]:
+        raise ConvergenceError(
+            "Newton fit: the information matrix is singular; raise the ridge or drop an input"
+        )
+    return np.asarray((vectors / values) @ vectors.T)
 
 
 def fit_cox(

@@ -10,41 +10,33 @@ from __future__ import annotations
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from fusion.encoders import (
-    EncoderSpec,
-    FittedEncoder,
-    Floats,
+from fusion.encoder_inputs import evenly, take
+from fusion.encoders import FittedEncoder, patient_inputs, prepare, raw_log_hazard
+from fusion.networks import (
     GatedAttention,
-    Inputs,
     LinearCox,
-    Network,
-    Preparation,
     build_network,
-    evenly,
     frozen,
     pad_bags,
-    patient_inputs,
-    prepare,
-    raw_log_hazard,
     reproducible_torch,
-    take,
 )
 from fusion.survival import check_outcome, moments
 
-with warnings.catch_warnings():
-    # It compiles a helper with torch's deprecated script compiler as it is imported.
-    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.jit.script`")
-    from torchsurv.loss.cox import neg_partial_log_likelihood
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import ArrayLike, NDArray
+
+    from fusion.encoder_inputs import Floats, Inputs
+    from fusion.encoder_spec import EncoderSpec
+    from fusion.encoders import Preparation
+    from fusion.networks import Network
 
 # Looking at the inner folds costs as much as a step, and neighbouring steps hardly differ.
 _LOOK_EVERY = 5
@@ -126,7 +118,7 @@ def cox_loss(log_hazard: torch.Tensor, of: Outcome) -> torch.Tensor:
             "log hazard: found a value that is not finite, needed all finite; "
             "lower learning_rate or raise ridge"
         )
-    loss = neg_partial_log_likelihood(
+    loss = _partial_likelihood()(
         log_hazard - log_hazard.detach().max(),
         of.event,
         of.order,
@@ -140,6 +132,16 @@ def cox_loss(log_hazard: torch.Tensor, of: Outcome) -> torch.Tensor:
             "lower learning_rate or raise ridge"
         )
     return loss
+
+
+@cache
+def _partial_likelihood() -> Callable[..., torch.Tensor]:
+    """Import torchsurv's loss, which takes seconds, when the first fit needs it."""
+    with warnings.catch_warnings():
+        # It compiles a function with torch's deprecated script compiler as it is imported.
+        warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.jit.script`")
+        from torchsurv.loss.cox import neg_partial_log_likelihood
+    return neg_partial_log_likelihood
 
 
 def fit_encoder(
@@ -163,7 +165,7 @@ def fit_encoder(
     event, time
         (n,) True where observed; days from the landmark.
     spec
-        Of the protocol.
+        Of the protocol; its ``sharing`` and ``max_inputs`` play no part here.
     strata
         (n,) labels; risk sets never span two of them.
     seed

@@ -36,12 +36,6 @@ class SiteSettings(BaseSettings):
         min_length=32, description="key of the site's digests and of its train/test split"
     )
     batch_size: int = Field(default=64, ge=1, le=10_000, description="inputs per Prefect task")
-    threads: int = Field(
-        default_factory=lambda: max(1, os.cpu_count() or 1),
-        ge=1,
-        le=1024,
-        description="CPU threads",
-    )
 
     @field_validator("manifest", "clinical")
     @classmethod

@@ -1,4 +1,4 @@
-"""Files on a site's disk: content digests, fingerprints of specs, writes that are whole or absent."""
+"""Files on a site's disk: digests, fingerprints of specs, writes that are whole or absent."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _CHUNK_BYTES = 1 << 20
+_PREFIX = ".partial-"
 
 
 def fingerprint(value: Any) -> str:
@@ -63,7 +64,7 @@ def _feed(digest: Any, file: Path) -> None:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``target`` and rename it onto ``target`` when the block ends well.
+    """Yield a temporary path beside ``target``; rename it onto ``target`` if the block ends well.
 
     A kill at any moment leaves the old file or the new one, never half of one; after an exception
     the temporary file is removed and ``target`` is as it was. The temporary name keeps the suffix
@@ -76,7 +77,7 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(
-        dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix
+        dir=target.parent, prefix=f"{_PREFIX}{target.stem}-", suffix=target.suffix
     )
     os.close(handle)
     temporary = Path(name)
@@ -87,3 +88,10 @@ def replacing(target: Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed :func:`replacing` left below a folder that nobody else is writing."""
+    for file in folder.rglob(f"{_PREFIX}*"):
+        if file.is_file():
+            file.unlink(missing_ok=True)

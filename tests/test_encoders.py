@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from contextlib import suppress
 from functools import cache
 
@@ -13,27 +15,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fusion.encoders import (
-    EncoderSpec,
-    FittedEncoder,
-    GatedAttention,
-    as_table,
-    evenly,
-    linear_encoder,
-    pad_bags,
-    pool_bags,
-    prepare,
-    random_projection,
-    reproducible_torch,
-    standardisation,
-    take,
-    tile_components,
-)
+from fusion.encoder_inputs import as_table, evenly, pool_bags, take
+from fusion.encoder_spec import EncoderSpec, random_projection
+from fusion.encoders import FittedEncoder, prepare, standardisation, tile_components
+from fusion.networks import GatedAttention, pad_bags, reproducible_torch
 from fusion.survival import moments
 from fusion.training import fit_encoder
 from modalities.cohort import DataError
 
 N_PATIENTS = 40
+
+
+def test_what_is_slow_to_import_waits_until_it_is_needed() -> None:
+    code = """
+import sys
+import fusion.encoder_inputs, fusion.encoder_spec
+print(*{"torch"} & set(sys.modules))
+import fusion.training
+print(*{"torchsurv", "torchmetrics", "torchvision"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def _outcome(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +60,6 @@ def _fitted(model: str, *, seed: int = 3) -> tuple[FittedEncoder, object]:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"model": "mlp", "sharing": "sums"},
         {"model": "forest"},
         {"inputs": ("age", "age")},
         {"ridge": -1.0},
@@ -104,23 +105,10 @@ def test_table_is_standardised_by_present_cells_and_missing_ones_become_the_mean
     np.testing.assert_allclose(prepared.numpy(), [[1 / np.sqrt(2), 0, 0], [0, 0, 0]])
 
 
-def test_projection_comes_only_with_sums_and_many_inputs() -> None:
-    table = np.random.default_rng(0).normal(size=(30, 20))
-    sums = EncoderSpec(sharing="sums", max_inputs=16)
-    assert prepare(table, EncoderSpec()).n_outputs == 20
-    assert prepare(table[:, :16], sums).n_outputs == 16
-    projected = prepare(table, sums)
-    assert projected.n_outputs == 16
-    plain = prepare(table, EncoderSpec())(table).numpy()
-    np.testing.assert_allclose(
-        projected(table).numpy(), plain @ random_projection(20, 16, sums.projection_seed)
-    )
-
-
 def test_summed_moments_of_two_sites_prepare_as_pooled_rows_do() -> None:
     table = np.random.default_rng(1).normal(3.0, 2.0, (40, 5))
     table[::7, 2] = np.nan
-    summed = standardisation(moments(table[:15]) + moments(table[15:]), EncoderSpec())
+    summed = standardisation(moments(table[:15]) + moments(table[15:]))
     pooled = prepare(table, EncoderSpec())
     np.testing.assert_allclose(summed(table).numpy(), pooled(table).numpy(), atol=1e-12)
 
@@ -304,22 +292,6 @@ def test_wrong_kind_or_width_is_refused() -> None:
     ]:
         with pytest.raises(DataError):
             encoder.log_hazard(inputs)
-
-
-def test_linear_encoder_scores_consortium_coefficients() -> None:
-    table = np.random.default_rng(6).normal(2.0, 3.0, (50, 3))
-    spec = EncoderSpec(sharing="sums")
-    preparation = standardisation(moments(table), spec)
-    beta = np.array([0.5, -1.0, 0.2])
-    raw = ((table - table.mean(axis=0)) / table.std(axis=0, ddof=1)) @ beta
-    encoder = linear_encoder(
-        spec, preparation, beta, of_training=moments(raw[:, None]), n_events=20
-    )
-    np.testing.assert_allclose(encoder.log_hazard(table), raw / raw.std(ddof=1), atol=1e-12)
-    again = FittedEncoder.from_bytes(encoder.to_bytes())
-    np.testing.assert_array_equal(again.log_hazard(table), encoder.log_hazard(table))
-    with pytest.raises(ValueError, match="needed linear and"):
-        linear_encoder(spec, preparation, beta[:2], of_training=moments(raw[:, None]), n_events=2)
 
 
 def test_torch_is_left_as_it_was_even_after_an_error() -> None:

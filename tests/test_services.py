@@ -135,7 +135,7 @@ def test_settings_of_a_client_are_known_to_prefect(tmp_path: Path) -> None:
         check=True,
     ).stdout.split()
     assert printed == [
-        *(str(tmp_path), str(tmp_path / "results"), "False", "WARNING", "False"),
+        *(str(tmp_path), str(tmp_path / "results"), "False", "CRITICAL", "False"),
         "http://127.0.0.1:4200/api",
     ]
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from sksurv.linear_model import CoxPHSurvivalAnalysis
 from sksurv.metrics import concordance_index_censored
 
-from fusion.encoders import EncoderSpec, pool_bags, prepare
+from fusion.encoder_inputs import pool_bags
+from fusion.encoder_spec import EncoderSpec
 from fusion.survival import cox_sums, fit_cox
 from fusion.training import (
     TooFewEvents,
@@ -350,14 +351,22 @@ def test_inputs_that_disagree_are_refused() -> None:
         fit_encoder(table, event, time, EncoderSpec(model="gated_attention"), seed=0)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_sharing_changes_nothing_in_what_a_site_trains(model: str) -> None:
+    inputs, event, time = _inputs_for(model, 50, seed=19)
+    specs = [
+        EncoderSpec(model=model, max_steps=10, max_inputs=4, sharing=sharing)
+        for sharing in ("local", "sums")
+    ]
+    local, shared = (fit_encoder(inputs, event, time, spec, seed=0) for spec in specs)
+    np.testing.assert_array_equal(shared.log_hazard(inputs), local.log_hazard(inputs))
+
+
 def test_linear_model_reads_bags_by_their_means() -> None:
     bags, event, time = _tiles(60, seed=19, dim=20)
-    spec = EncoderSpec(sharing="sums", max_inputs=8)
-    by_bags = fit_encoder(bags, event, time, spec, seed=0)
-    by_table = fit_encoder(pool_bags(bags), event, time, spec, seed=0)
-    assert by_bags.preparation.n_outputs == 8
+    by_bags = fit_encoder(bags, event, time, EncoderSpec(), seed=0)
+    by_table = fit_encoder(pool_bags(bags), event, time, EncoderSpec(), seed=0)
     np.testing.assert_array_equal(by_bags.log_hazard(bags), by_table.log_hazard(pool_bags(bags)))
-    assert prepare(bags, spec).n_inputs == 20
 
 
 def test_bags_longer_than_the_limit_are_thinned_in_training_only() -> None:

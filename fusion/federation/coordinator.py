@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from fusion import messages as m
+from fusion.federation.checks import is_reply_to
 from fusion.federation.plan import PROTOCOL, FederationPlan
 from fusion.late import FusionModel, LinearEncoder, baseline_hazard
 from fusion.survival import CoxSums, Moments, NewtonFit
@@ -153,7 +154,7 @@ class Coordinator:
         replies: dict[str, Reply] = {}
         for site in sites:
             reply = _read(raw.get(site))
-            if isinstance(reply, expected):
+            if isinstance(reply, expected) and is_reply_to(request, reply, self.plan):
                 replies[site] = reply
             else:
                 self._drop(site, reply)
@@ -272,8 +273,12 @@ class Coordinator:
             If every site has left.
         fusion.survival.ConvergenceError
             If a fit has no finite maximum.
+
+        Notes
+        -----
+        An encoder whose last site with the modality has left stays unconverged.
         """
-        while active := {name: fit for name, fit in fits.items() if not fit.converged}:
+        while active := {name: fit for name, fit in fits.items() if self._goes_on(name, fit)}:
             roster = self.roster
             request = m.AskCoxSums(
                 self.plan.run, self._number, tuple(active), _stack(active.values())
@@ -288,15 +293,24 @@ class Coordinator:
             for row, fit in enumerate(active.values()):
                 fit.advance(_add([_row(r, row, fit.n_inputs) for r in replies.values()]))
             self._round_done(float(np.mean([fit.objective for fit in fits.values()])))
-        self.fit_rounds |= {name: fit.rounds for name, fit in fits.items()}
+        self.fit_rounds |= {name: fit.rounds for name, fit in fits.items() if fit.converged}
+
+    def _goes_on(self, name: str, fit: NewtonFit) -> bool:
+        """Whether a fit needs more sums, and a site still has the modality."""
+        return not fit.converged and (
+            name in self.plan.arms or name.partition("/")[0] in self._offered
+        )
+
+    @property
+    def _offered(self) -> set[str]:
+        return {x for s in self.roster for x in self.outcomes[s].contributes}
 
     def fit_encoders(self) -> dict[str, LinearEncoder]:
         """Fit the consortium's linear encoders, with out-of-fold fits where every site allows.
 
         A modality with no site that may contribute it is left out.
         """
-        offered = {x for s in self.roster for x in self.outcomes[s].contributes}
-        modalities = [x for x in self.plan.sums if x in offered]
+        modalities = [x for x in self.plan.sums if x in self._offered]
         if not modalities:
             return {}
         scaling = self.scale(modalities, stage="encoder_moments")
@@ -308,6 +322,10 @@ class Coordinator:
                     n_inputs=self.plan.n_inputs(modality), ridge=self.plan.encoder_ridge[modality]
                 )
         self.fit(fits, stage="encoders")
+        modalities = [x for x in modalities if fits[x].converged]
+        fits = {name: fit for name, fit in fits.items() if name.partition("/")[0] in modalities}
+        if not modalities:
+            return {}
         tell = m.SetEncoders(self.plan.run, self._number, tuple(fits), _stack(fits.values()))
         self._ask(tell, m.Done, self.reachable, stage="encoders_ready")
         self._round_done()
@@ -348,7 +366,7 @@ class Coordinator:
             )
             for row, arm in enumerate(arms)
         }
-        cuts = norm.ppf(np.arange(1, self.plan.n_risk_groups) / self.plan.n_risk_groups)
+        cuts = ndtri(np.arange(1, self.plan.n_risk_groups) / self.plan.n_risk_groups)
         groups = {
             arm: tuple(float(x) for x in risk.mean[row] + cuts * risk.scale[row])
             for row, arm in enumerate(arms)

@@ -66,6 +66,22 @@ class FederationPlan:
         """Count the inputs of a design: a modality in ``sums``, or the fusion columns of an arm."""
         return len(self.sums[design]) if design in self.sums else len(self.modalities)
 
+    def n_coefficients(self, fit: str) -> int:
+        """Count the coefficients of a fit: of one encoder, folds included, or of an arm."""
+        design = fit.partition("/")[0]
+        return len(self.sums[design]) if design in self.sums else self.n_fusion_inputs
+
+    @property
+    def designs(self) -> tuple[str, ...]:
+        """Whatever has inputs to be scaled: modalities in ``sums``, and arms."""
+        return (*self.sums, *self.arms)
+
+    @property
+    def fits(self) -> tuple[str, ...]:
+        """Every fit that a site answers for: encoders, their folds, and arms."""
+        folds = [fit for modality in self.sums for fit in self.fold_fits(modality)]
+        return (*self.designs, *folds)
+
     def fold_fits(self, modality: str) -> tuple[str, ...]:
         """Names of the fits of one encoder that leave one fold out each."""
         return tuple(f"{modality}/{fold}" for fold in range(self.n_folds))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -18,10 +19,19 @@ from fusion.evaluation import (
     pair_counts,
     uno_pair_counts,
 )
+from fusion.federation.checks import is_within
 from fusion.federation.plan import LOCAL_ENCODERS, PROTOCOL, FederationPlan
 from fusion.late import FusionModel, fit_late_fusion, fusion_inputs, linear_inputs
-from fusion.privacy import releasable_edges
-from fusion.survival import CoxSums, cox_sums, cumulative_hazard, interval_sums, moments
+from fusion.privacy import outweighed, releasable_edges
+from fusion.survival import (
+    MAX_ROUNDS,
+    ConvergenceError,
+    CoxSums,
+    cox_sums,
+    cumulative_hazard,
+    interval_sums,
+    moments,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +41,15 @@ if TYPE_CHECKING:
     from fusion.privacy import Refusal
 
     Floats = NDArray[np.float64]
+
+# Sums at ever other coefficients tell ever more of the rows. A fit gets those that Newton's method
+# needs, and some for starting over when a site leaves.
+MAX_SUMS_PER_FIT: Final = MAX_ROUNDS + 10
+# Stands for sums that one patient outweighs: no step ends there, the coordinator halves it.
+_LOWEST: Final = -1e100
+# Far above any model's, far below where its exponential overflows.
+_HIGHEST_LOG_HAZARD: Final = 300.0
+_ONCE: Final = (m.SetEncoders, m.AskIntervals, m.AskEvaluation)
 
 
 @dataclass(frozen=True)
@@ -110,6 +129,8 @@ class SiteStudy:
         self._on_error = on_error
         self._scaling: dict[str, tuple[Floats, Floats]] = {}
         self._columns: dict[str, Split] = {}
+        self._answered: dict[type, bytes] = {}
+        self._sums_given: Counter[str] = Counter()
         self._answers: dict[type, Callable[[Any], m.Message]] = {
             m.Describe: self._describe,
             m.AskMoments: self._moments,
@@ -130,6 +151,9 @@ class SiteStudy:
                 raise _Refusal("malformed_request")
             if request.run != self.plan.run:  # type: ignore[union-attr]
                 raise _Refusal("wrong_run")
+            if not is_within(request, self.plan):
+                raise _Refusal("malformed_request")
+            self._require_first(request)
             return m.encode(handler(request))
         except _Refusal as refusal:
             return m.encode(m.Refused(refusal.code))
@@ -143,10 +167,31 @@ class SiteStudy:
             self._on_error(error)
         return m.encode(m.Refused(code))
 
+    def _require_first(self, request: Any) -> None:
+        """Let what differs within a run be asked once; the same again, a network's doing, passes."""
+        if isinstance(request, _ONCE):
+            first = m.encode(replace(request, round=0))
+            if self._answered.setdefault(type(request), first) != first:
+                raise _Refusal("already_answered")
+
     @property
     def trains(self) -> bool:
         """Whether this site's training rows pass its minimum counts for the fusion model."""
-        return self._refusal(self.rows.train.event, self.plan.n_fusion_inputs) is None
+        return self._refusal(self._behind_fusion.event, self.plan.n_fusion_inputs) is None
+
+    @property
+    def _fused(self) -> NDArray[np.bool_]:
+        """(n_train,) which training rows stand behind the fusion model: the same in every arm.
+
+        Sums of two arms, or of a fit and its baseline, then never differ by a few patients.
+        """
+        has = [self._present(modality) for modality in self.plan.modalities]
+        return np.logical_or.reduce(has)
+
+    @property
+    def _behind_fusion(self) -> Outcome:
+        rows = self._fused
+        return Outcome(self.rows.train.event[rows], self.rows.train.time[rows])
 
     def _refusal(self, event: NDArray[np.bool_], n_inputs: int) -> Refusal | None:
         return self.plan.minimum.refuses(
@@ -182,7 +227,7 @@ class SiteStudy:
     def _describe(self, request: m.Describe) -> m.Description:
         if request.protocol != self.plan.protocol or request.modalities != self.plan.modalities:
             raise _Refusal("wrong_protocol")
-        train, test = self.rows.train, self.rows.test
+        train, test = self._behind_fusion, self.rows.test
         # Counts below the site's minimum are not told, neither of training nor of test rows.
         shown = self.trains
         tested = int(test.event.sum()) >= self.plan.minimum.test_events
@@ -203,8 +248,27 @@ class SiteStudy:
         return (
             self.rows.tables[design].train
             if design in self.plan.sums
-            else self.columns(design).train
+            else self._fusion_columns(design)
         )
+
+    def _fusion_columns(self, arm: str) -> Floats:
+        """(n_fused, m) training columns of an arm; a modality of too few patients is absent."""
+        columns = self.columns(arm).train[self._fused]
+        event = self._behind_fusion.event
+        for column in columns.T:
+            if self._refusal(event[~np.isnan(column)], 1) is not None:
+                column[:] = np.nan
+        return columns
+
+    def _fusion_inputs(self, arm: str) -> Floats:
+        """(n_fused, 2 m) standardised columns and flags; a flag that few patients raise is down.
+
+        Products with such a flag would tell the few patients' other inputs.
+        """
+        inputs = fusion_inputs(self._fusion_columns(arm), *self._scaling[arm])
+        flags = inputs[:, len(self.plan.modalities) :]
+        flags[:, flags.sum(axis=0) < self.plan.minimum.cell] = 0.0
+        return inputs
 
     def columns(self, arm: str) -> Split:
         """(n, m) modality log hazards of an arm, NaN where absent; not standardised."""
@@ -229,16 +293,17 @@ class SiteStudy:
             if design in self.plan.sums and not self.contributes(design):
                 continue
             found = moments(self._training_columns(design))
-            p = len(found.n)
-            n[row, :p], mean[row, :p], m2[row, :p] = found.n, found.mean, found.m2
+            told = np.flatnonzero(found.n >= self.plan.minimum.patients)
+            for values, of_column in ((n, found.n), (mean, found.mean), (m2, found.m2)):
+                values[row, told] = of_column[told]
         return m.DesignMoments(n, mean, m2)
 
     def _set_scaling(self, request: m.SetScaling) -> m.Done:
         for row, design in enumerate(request.designs):
             p = self.plan.n_inputs(design)
-            if not (request.scale[row, :p] > 0).all():
-                raise _Refusal("malformed_request")
-            self._scaling[design] = (request.mean[row, :p], request.scale[row, :p])
+            found = (request.mean[row, :p], request.scale[row, :p])
+            if not np.array_equal(self._scaling.setdefault(design, found), found):
+                raise _Refusal("already_answered")
         return m.Done()
 
     def design(self, fit: str) -> tuple[Floats, NDArray[np.bool_]]:
@@ -248,27 +313,31 @@ class SiteStudy:
         if design in self.plan.sums:
             rows: NDArray[np.bool_] = self._present(design)
             if fold:
-                if not self._cross_fits(design):
-                    raise _Refusal("fold_too_small")
+                self._require_cross_fits(design)
                 rows = np.logical_and(rows, self.rows.folds != int(fold), dtype=bool)
             return linear_inputs(self.rows.tables[design].train, mean, scale)[rows], rows
-        columns = self.columns(design).train
-        some = np.asarray(~np.isnan(columns).all(axis=1), dtype=np.bool_)
-        return fusion_inputs(columns, mean, scale)[some], some
+        return self._fusion_inputs(design), self._fused
 
     def _fit_sums(self, fit: str, coefficients: Floats) -> CoxSums:
         design = fit.partition("/")[0]
-        n_inputs = len(self.plan.sums.get(design, ())) or self.plan.n_fusion_inputs
+        n_inputs = self.plan.n_coefficients(fit)
         beta = coefficients[:n_inputs]
         if design in self.plan.sums and not self.contributes(design):
             return CoxSums(0.0, np.zeros(n_inputs), np.zeros((n_inputs, n_inputs)), 0, 0)
         inputs, rows = self.design(fit)
-        refusal = self._refusal(self.rows.train.event[rows], n_inputs)
+        event, time = self.rows.train.event[rows], self.rows.train.time[rows]
+        refusal = self._refusal(event, n_inputs)
         if refusal is not None:
             raise _Refusal(refusal)
-        return cox_sums(inputs, self.rows.train.event[rows], self.rows.train.time[rows], beta)
+        if outweighed(_log_hazard(inputs, beta)):
+            nothing = np.zeros(n_inputs), np.zeros((n_inputs, n_inputs))
+            return CoxSums(_LOWEST, *nothing, len(event), int(event.sum()))
+        return cox_sums(inputs, event, time, beta)
 
     def _cox_sums(self, request: m.AskCoxSums) -> m.CoxSumsReply:
+        if any(self._sums_given[fit] >= MAX_SUMS_PER_FIT for fit in request.fits):
+            raise _Refusal("rounds_spent")
+        self._sums_given.update(request.fits)
         n_fits, width = request.coefficients.shape
         gradient, information = np.zeros((n_fits, width)), np.zeros((n_fits, width, width))
         found = []
@@ -294,6 +363,8 @@ class SiteStudy:
             table = self.rows.tables.get(modality)
             if table is None:
                 continue
+            if self.plan.fold_fits(modality)[0] in fitted and self.contributes(modality):
+                self._require_cross_fits(modality)
             p = len(names)
             train = linear_inputs(table.train, mean, scale)
             scores = train @ fitted[modality][:p]
@@ -305,8 +376,12 @@ class SiteStudy:
             self._columns[modality] = Split(scores, test)
         return m.Done()
 
+    def _require_cross_fits(self, modality: str) -> None:
+        if not self._cross_fits(modality):
+            raise _Refusal("fold_too_small")
+
     def _edges(self, request: m.AskEdges) -> m.Edges:
-        train = self.rows.train
+        train = self._behind_fusion
         if not self.trains:
             raise _Refusal("below_minimum_patients")
         kept = releasable_edges(
@@ -315,16 +390,17 @@ class SiteStudy:
         return m.Edges(kept)
 
     def _intervals(self, request: m.AskIntervals) -> m.Intervals:
-        train = self.rows.train
-        allowed = releasable_edges(
-            train.event, train.time, request.edges_days, cell=self.plan.minimum.cell
-        )
-        if not self.trains or not allowed.all():
+        train, cell = self._behind_fusion, self.plan.minimum.cell
+        allowed = releasable_edges(train.event, train.time, request.edges_days, cell=cell)
+        within = int(train.event[train.time <= request.edges_days[-1]].sum())
+        if not self.trains or not allowed.all() or within < cell:
             raise _Refusal("small_cell")
         log_hazard = [
-            fusion_inputs(self.columns(arm).train, *self._scaling[arm]) @ beta
+            _log_hazard(self._fusion_inputs(arm), beta)
             for arm, beta in zip(request.arms, request.coefficients, strict=True)
         ]
+        if any(outweighed(x) for x in log_hazard):
+            raise _Refusal("small_cell")
         sums = [interval_sums(x, train.event, train.time, request.edges_days) for x in log_hazard]
         risk = moments(np.column_stack(log_hazard))
         return m.Intervals(
@@ -339,19 +415,22 @@ class SiteStudy:
         if not self.trains or np.isnan(columns).all():
             return None
         rows = ~np.isnan(columns).all(axis=1)
-        return fit_late_fusion(
-            columns[rows],
-            self.rows.train.event[rows],
-            self.rows.train.time[rows],
-            modalities=self.plan.modalities,
-            edges_days=self.plan.edges_days,
-            ridge=self.plan.fusion_ridge,
-        )
+        try:
+            return fit_late_fusion(
+                columns[rows],
+                self.rows.train.event[rows],
+                self.rows.train.time[rows],
+                modalities=self.plan.modalities,
+                edges_days=self.plan.edges_days,
+                ridge=self.plan.fusion_ridge,
+            )
+        except ConvergenceError:
+            return None
 
     def test_log_hazard(self, arm: str, coefficients: Floats) -> Floats:
         """(n_test,) log hazard of an arm's model on the test rows; higher is worse."""
         inputs = fusion_inputs(self.columns(arm).test, *self._scaling[arm])
-        return np.asarray(inputs @ coefficients)
+        return _log_hazard(inputs, coefficients)
 
     def _evaluate(self, request: m.AskEvaluation) -> m.Evaluation:
         test = self.rows.test
@@ -361,6 +440,8 @@ class SiteStudy:
             arm: self.test_log_hazard(arm, beta)
             for arm, beta in zip(request.arms, request.coefficients, strict=True)
         }
+        if not all((np.abs(x) < _HIGHEST_LOG_HAZARD).all() for x in scored.values()):
+            raise _Refusal("malformed_request")
         curve = censoring_curve(
             np.concatenate([self.rows.train.event, test.event]),
             np.concatenate([self.rows.train.time, test.time]),
@@ -415,12 +496,25 @@ class SiteStudy:
         brier = brier_sums(surviving(edges), test.event, test.time, edges, curve)
         return (
             brier.to_vector(),
-            self._without_small_cells(life.counts, life.to_vector()),
+            self._without_small_cells(_with_survivors(life.counts), life.to_vector()),
             self._without_small_cells(
-                np.stack([cells.n_patients, cells.n_events]), cells.to_vector()
+                np.stack([cells.n_patients, cells.n_events, cells.n_patients - cells.n_events]),
+                cells.to_vector(),
             ),
         )
 
     def _without_small_cells(self, counts: Floats, vector: Floats) -> Floats:
         small = (counts > 0) & (counts < self.plan.minimum.cell)
         return np.zeros_like(vector) if small.any() else vector
+
+
+def _log_hazard(inputs: Floats, coefficients: Floats) -> Floats:
+    # Coefficients come from outside: an overflow is judged by its result.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(inputs @ coefficients)
+
+
+def _with_survivors(counts: Floats) -> Floats:
+    """Cells of a life table, with those that subtraction gives: at risk beyond the last edge."""
+    at_risk, events, censored = np.moveaxis(counts, 2, 0)
+    return np.concatenate([counts.ravel(), (at_risk - events - censored)[:, -1]])

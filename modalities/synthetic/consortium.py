@@ -13,7 +13,7 @@ from multiprocessing import get_context, parent_process
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from modalities.files import replacing
+from modalities.files import replacing, sweep
 from modalities.synthetic.counts import write_counts
 from modalities.synthetic.scans import ROI, scan_paths, write_scan
 from modalities.synthetic.slides import write_slide
@@ -153,7 +153,8 @@ def _claim(folder: Path, parameters: Mapping[str, Any]) -> None:
                 "or an empty folder; choose another folder"
             )
         if not finished:
-            _sweep(folder)
+            # Readers of a series would read what a killed run left half-written.
+            sweep(folder)
     elif any(folder.glob("site-*")):
         raise ValueError(
             "simulation: found sites in the folder that no simulation wrote, needed a folder "
@@ -161,13 +162,6 @@ def _claim(folder: Path, parameters: Mapping[str, Any]) -> None:
         )
     else:
         _write_text(marker, json.dumps({**wanted, "finished": False}) + "\n")
-
-
-def _sweep(folder: Path) -> None:
-    """Remove the temporary files that a killed run left; readers of a series would read them."""
-    for site in folder.glob("site-*"):
-        for stale in site.rglob(".*-*"):
-            stale.unlink()
 
 
 def _read(marker: Path) -> dict[str, Any]:
