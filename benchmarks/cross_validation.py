@@ -19,8 +19,8 @@ from rich.progress import track
 
 from flows.inputs import ModalityInputs, SiteInputs, harmonised, may_train
 from flows.memory import fit_in_memory
+from flows.protocol import ProtocolError
 from flows.reference import arm_log_hazard, local_log_hazard, max_coefficient_gap
-from fusion.evaluation import NoComparablePairs, PairCounts, concordance_index, pair_counts
 from fusion.federation import PROTOCOL, QuorumNotMet
 from fusion.survival import ConvergenceError
 from modalities.cohort import DataError
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Flags = NDArray[np.bool_]
 
-_DIGITS = 6  # of a printed concordance
 Figures = dict[str, Any]
 
 
@@ -133,8 +132,9 @@ def numbers(table: pd.DataFrame, columns: Sequence[str], *, source: str) -> pd.D
     DataError
         If a cell is no finite number.
     """
-    found = table[list(columns)].apply(pd.to_numeric, errors="coerce").astype(np.float64)
+    found = pd.DataFrame(index=table.index)
     for column in columns:
+        found[column] = pd.to_numeric(table[column], errors="coerce").astype(np.float64)
         if (found[column].isna() & table[column].notna()).any() or np.isinf(found[column]).any():
             raise DataError("not_a_number", f"{source}: column {column!r}: needed numbers only")
     return found
@@ -213,7 +213,9 @@ def fit_split(patients: Patients, protocol: StudyProtocol, split: Split) -> Scor
 
 
 def _training_sites(fitted: Fitted) -> tuple[str, ...]:
-    return tuple(outcome.site for outcome in fitted.sites if outcome.trains)
+    # A site with few test events of a fold keeps its evaluation to itself, after the fits.
+    stayed = ("", "below_minimum_events")
+    return tuple(x.site for x in fitted.sites if x.trains and x.code in stayed)
 
 
 def _modality_log_hazard(
@@ -232,15 +234,18 @@ def _local_log_hazard(consortium: Consortium) -> dict[str, dict[str, Floats]]:
     # With one modality there is nothing to fuse, and fusing the out-of-fold log hazards of a few
     # events can turn the model's sign, which would flatter the consortium.
     (modality,) = consortium.protocol.modalities
+    encoders = {
+        site: trained[modality].encoder for site, trained in consortium.local.items() if trained
+    }
     return {
         site: {
             other: inputs.spread(
-                modality, trained[modality].encoder.log_hazard(inputs.modalities[modality].values)
+                modality, encoder.log_hazard(inputs.modalities[modality].values)
             ).test
             for other, inputs in consortium.inputs.items()
         }
-        for site, trained in consortium.local.items()
-        if modality in trained and trained[modality].encoder is not None
+        for site, encoder in encoders.items()
+        if encoder is not None
     }
 
 
@@ -293,160 +298,18 @@ def _one_site(
     )
 
 
-def report(
-    patients: Patients, protocol: StudyProtocol, scored: Sequence[Scored], *, arms: Sequence[str]
-) -> Figures:
-    """Give what a benchmark prints: who took part, how each arm does, how the fits went.
-
-    Pairs are formed between test patients of one split, and added over the splits of a repeat, in
-    which every patient is scored once. With several repeats, estimates and their intervals are
-    averaged, so that repeating narrows no interval.
-    """
-    training = {site for one in scored for site in one.training_sites}
-    repeats = [[s for s in scored if s.repeat == r] for r in sorted({s.repeat for s in scored})]
-    found: Figures = {
-        "sites": {site: _site_counts(patients, site, training) for site in _names(patients)},
-        "lowered_minimums": list(protocol.privacy.lowered()),
-        "ridge_per_patient": {
-            "encoders": {name: protocol.encoder[name].ridge for name in protocol.modalities},
-            "fusion": protocol.fusion.ridge,
-        },
-    }
-    for arm in arms:
-        found[arm] = _figures(patients, repeats, lambda s, arm=arm: s.arms[arm])
-    found["local"] = _local_figures(patients, repeats)
-    if len(protocol.modalities) > 1:
-        found["by_modality"] = {
-            name: _modality_figures(patients, repeats, name) for name in protocol.modalities
-        }
-    return found | {
-        "cross_fitted": sorted({m for one in scored for m in one.cross_fitted}),
-        "rounds": max(one.rounds for one in scored),
-        "max_coefficient_gap": max(one.max_coefficient_gap for one in scored),
-    }
-
-
-def _names(patients: Patients) -> list[str]:
-    return sorted(set(patients.site.tolist()))
-
-
-def _site_counts(patients: Patients, site: str, training: set[str]) -> Figures:
-    rows = patients.site == site
-    return {
-        "patients": int(rows.sum()),
-        "events": int(patients.event[rows].sum()),
-        "trains": site in training,
-    }
-
-
-def _figures(
-    patients: Patients, repeats: Sequence[Sequence[Scored]], pick: Callable[[Scored], Floats]
-) -> Figures:
-    """Concordance over all pairs, over pairs within sites, and as the mean over sites."""
-    by_site = {
-        site: [[_pairs(patients, s, pick(s), site=site) for s in splits] for splits in repeats]
-        for site in _names(patients)
-    }
-    within = [[p for of in by_site.values() for p in of[r]] for r in range(len(repeats))]
-    estimates = {site: _estimate(pairs) for site, pairs in by_site.items()}
-    return {
-        "pooled_test": _estimate([[_pairs(patients, s, pick(s)) for s in x] for x in repeats]),
-        "within_site": _estimate(within),
-        "site_mean": _mean([e["value"] for e in estimates.values() if e]),
-        "by_site": {site: e["value"] if e else None for site, e in estimates.items()},
-    }
-
-
-def _pairs(
-    patients: Patients, one: Scored, log_hazard: Floats, *, site: str | None = None
-) -> PairCounts:
-    scored = ~np.isnan(log_hazard)
-    if site is not None:
-        scored &= patients.site[one.rows] == site
-    rows = one.rows[scored]
-    return pair_counts(log_hazard[scored], patients.event[rows], patients.time[rows])
-
-
-def _estimate(repeats: Sequence[Sequence[PairCounts]]) -> dict[str, float] | None:
-    found = []
-    for pairs in repeats:
-        try:
-            found.append(concordance_index(pairs))
-        except NoComparablePairs:
-            return None
-    return {
-        name: round(float(np.mean([getattr(e, name) for e in found])), _DIGITS)
-        for name in ("value", "standard_error", "low", "high")
-    }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return round(float(np.mean(values)), _DIGITS) if values else None
-
-
-def _local_figures(patients: Patients, repeats: Sequence[Sequence[Scored]]) -> Figures:
-    """Each site's own model: on the test patients of all sites, and on its own.
-
-    The first is a mean over the models, of their concordance over all pairs and within sites.
-    """
-    trained = {site for splits in repeats for one in splits for site in one.local}
-
-    def of_model(site: str) -> Figures:
-        return _figures(patients, repeats, lambda s: s.local.get(site, _nothing(s)))
-
-    models = {site: of_model(site) for site in sorted(trained)}
-    own = _figures(patients, repeats, lambda s: _own_log_hazard(patients, s))
-    values = {
-        name: {site: found[name]["value"] for site, found in models.items() if found[name]}
-        for name in ("pooled_test", "within_site")
-    }
-    return {
-        "pooled_test": {
-            "value": _mean(list(values["pooled_test"].values())),
-            "by_model": values["pooled_test"],
-        },
-        "within_all_sites": {
-            "value": _mean(list(values["within_site"].values())),
-            "by_model": values["within_site"],
-        },
-        **{name: own[name] for name in ("within_site", "site_mean", "by_site")},
-        "no_local_model": [site for site in _names(patients) if site not in trained],
-    }
-
-
-def _nothing(one: Scored) -> Floats:
-    return np.full(len(one.rows), np.nan)
-
-
-def _own_log_hazard(patients: Patients, one: Scored) -> Floats:
-    """(n_test,) log hazard of each patient by the model of the patient's own site."""
-    found = _nothing(one)
-    for site, log_hazard in one.local.items():
-        own = patients.site[one.rows] == site
-        found[own] = log_hazard[own]
-    return found
-
-
-def _modality_figures(
-    patients: Patients, repeats: Sequence[Sequence[Scored]], name: str
-) -> Figures:
-    """One modality alone, on the patients who have it."""
-    found = _figures(patients, repeats, lambda s: s.modalities[name])
-    has = ~np.isnan(patients.tables[name]).all(axis=1)
-    kept = {key: found[key] for key in ("within_site", "pooled_test")}
-    return {"patients": int(has.sum()), **kept}
-
-
-def options(description: str, *, default_folds: int = 5) -> argparse.ArgumentParser:
+def options(description: str) -> argparse.ArgumentParser:
     """Command line that both benchmarks share."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--folds", type=_whole(2), default=default_folds, help="of each repeat")
-    parser.add_argument("--repeats", type=_whole(1), default=1, help="of the cross-validation")
-    parser.add_argument("--seed", type=_whole(0), default=0, help="of splits and projections")
+    parser.add_argument("--folds", type=whole(2), default=5, help="of each repeat")
+    parser.add_argument("--repeats", type=whole(1), default=1, help="of the cross-validation")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of splits and projections")
     return parser
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def whole(least: int) -> Callable[[str], int]:
+    """Read an option that is a whole number from ``least``."""
+
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"found {text!r}, needed a number from {least}")
@@ -464,7 +327,7 @@ def run(
     parsed = parser.parse_args(arguments)
     try:
         found = study(parsed)
-    except (DataError, QuorumNotMet, ConvergenceError) as error:
+    except (DataError, ProtocolError, QuorumNotMet, ConvergenceError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     print(json.dumps(found, indent=2))

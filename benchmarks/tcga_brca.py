@@ -19,10 +19,10 @@ from cross_validation import (
     numbers,
     options,
     read_text,
-    report,
     run,
     run_splits,
 )
+from figures import report
 
 from flows.protocol import StudyProtocol, read_protocol
 from modalities.cohort import DataError
@@ -59,7 +59,7 @@ def protocol_of(columns: Sequence[str], *, seed: int) -> StudyProtocol:
                     **encoder, "max_inputs": len(columns), "ridge": _RIDGE, "min_events": 4,
                 }
             },
-            "privacy": {"events": 5, "patients_per_input": 2},
+            "privacy": {"events": 5, "cell": 5, "patients_per_input": 2},
         }
     )  # fmt: skip
 

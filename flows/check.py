@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flows.extraction import one_input_each, read_file
 from modalities.clinical import ClinicalSpec, read_registry
 from modalities.cohort import DataError, Exclusion, ManifestRow, read_manifest
-from modalities.omics import OmicsSpec, extract_counts
 from modalities.pathology import PathologySpec, check_slide
 from modalities.radiology import RadiologySpec, check_scan
-from modalities.tabular import read_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Iterable
     from pathlib import Path
 
     from flows.protocol import ModalitySpec, StudyProtocol
@@ -42,25 +41,28 @@ def check_site(
     DataError
         If the manifest or the registry itself cannot be read.
     """
-    spec = protocol.modality[protocol.clinical]
-    if not isinstance(spec, ClinicalSpec):
+    clinical = protocol.modality[protocol.clinical]
+    if not isinstance(clinical, ClinicalSpec):
         raise TypeError("clinical: needed a ClinicalSpec")
-    registry, faults = read_registry(settings.path(settings.clinical), spec)
+    registry, faults = read_registry(settings.path(settings.clinical), clinical)
+    known = {*registry.patient_ids, *(f.patient_id for f in faults)}
     names = [x for x in protocol.modalities if x != protocol.clinical]
     rows, unusable = read_manifest(settings.path(settings.manifest), names)
     faults += unusable
     for name in names:
-        mine = [row for row in rows if row.modality == name]
-        faults += _check_modality(name, protocol.modality[name], mine, advance)
+        spec, mine = protocol.modality[name], [row for row in rows if row.modality == name]
+        mine = one_input_each(mine, spec, name, faults)
+        faults += _check_modality(name, spec, mine, advance)
+    return faults + without_registry(rows, known, protocol.clinical)
+
+
+def without_registry(
+    rows: Iterable[ManifestRow], known: Collection[str], modality: str
+) -> list[Exclusion]:
+    """Set aside the patients of a manifest whom the registry does not know."""
     listed = {row.patient_id for row in rows}
-    known = set(registry.patient_ids) | {f.patient_id for f in faults}
-    faults += [
-        Exclusion(
-            x, protocol.clinical, "no_registry_row", "the registry has no row for this patient"
-        )
-        for x in sorted(listed - known)
-    ]
-    return faults
+    reason = "the registry has no row for this patient"
+    return [Exclusion(x, modality, "no_registry_row", reason) for x in sorted(listed - set(known))]
 
 
 def _check_modality(
@@ -98,11 +100,8 @@ def _check_files(name: str, spec: ModalitySpec, rows: list[ManifestRow]) -> list
     faults: list[Exclusion] = []
     for path, patients in by_file.items():
         try:
-            if isinstance(spec, OmicsSpec):
-                _, found = extract_counts(path, spec, patient_ids=patients, modality=name)
-            else:
-                _, found = read_table(path, spec, modality=name)  # type: ignore[arg-type]
+            _, found = read_file(path, patients, spec, name)
         except DataError as fault:
             found = [Exclusion(p, name, fault.code, str(fault)) for p in patients]
-        faults += [f for f in found if f.patient_id in set(patients)]
+        faults += found
     return faults

@@ -79,7 +79,11 @@ def _sentence(error: Exception) -> str | None:
     if isinstance(error, SiteError):
         return _sentence(error.cause) or f"{error}; see the local log, logs/consilium.log"
     known = (ProtocolError, ServiceError, QuorumNotMet, DataError, MissingWeights, UnknownEncoder)
-    return str(error) if isinstance(error, known) else None
+    if isinstance(error, known):
+        return str(error)
+    if isinstance(error, OSError) and error.filename:  # a full disk, a folder without permission
+        return f"{error.filename}: {error.strerror}"
+    return None
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -87,6 +87,9 @@ class Ledger:
 
 def _signature(row: ManifestRow) -> str:
     paths = [row.path] if row.mask_path is None else [row.path, row.mask_path]
+    tiles = row.path.with_suffix("")
+    if row.path.suffix.lower() == ".mrxs" and tiles.is_dir():
+        paths.append(tiles)  # such a slide is a small file beside a folder
     files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
     stats = [(str(f), f.stat()) for f in files]
     return fingerprint([[name, s.st_size, s.st_mtime_ns] for name, s in stats])
@@ -143,7 +146,7 @@ def plan_modality(
     readable: list[ManifestRow] = []
     digests: list[str] = []
     faults: list[Exclusion] = []
-    for row in _one_scan_each(rows, spec, modality, faults):
+    for row in one_input_each(rows, spec, modality, faults):
         try:
             digests.append(ledger.digest(row, spec))
             readable.append(row)
@@ -172,7 +175,7 @@ def plan_modality(
     )
 
 
-def _one_scan_each(
+def one_input_each(
     rows: Iterable[ManifestRow], spec: ModalitySpec, modality: str, faults: list[Exclusion]
 ) -> list[ManifestRow]:
     """Slides of a patient make one bag; of anything else a patient has one."""
@@ -258,7 +261,7 @@ def _read_tables(batch: Batch, spec: ModalitySpec) -> tuple[ad.AnnData, list[Exc
     tables, exclusions = [], []
     for path, patients in by_file.items():
         try:
-            table, faults = _read_file(path, patients, spec, batch.modality)
+            table, faults = read_file(path, patients, spec, batch.modality)
         except DataError as fault:
             exclusions += [Exclusion(p, batch.modality, fault.code, str(fault)) for p in patients]
             continue
@@ -271,9 +274,16 @@ def _read_tables(batch: Batch, spec: ModalitySpec) -> tuple[ad.AnnData, list[Exc
     return _stack(tables), exclusions
 
 
-def _read_file(
+def read_file(
     path: Path, patients: Sequence[str], spec: ModalitySpec, modality: str
 ) -> tuple[ad.AnnData, list[Exclusion]]:
+    """Read the rows of some patients from a file that holds many.
+
+    Raises
+    ------
+    DataError
+        If the file as a whole cannot be used.
+    """
     if isinstance(spec, OmicsSpec):
         return extract_counts(path, spec, patient_ids=patients, modality=modality)
     if not isinstance(spec, TabularSpec):

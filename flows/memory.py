@@ -88,6 +88,8 @@ def read_tables(settings: SiteSettings, protocol: StudyProtocol) -> SiteInputs:
     for name, spec in protocol.modality.items():
         if isinstance(spec, TabularSpec):
             found = {row.patient_id: row.path for row in rows if row.modality == name}
+            if not found:
+                continue
             table, _ = read_table(next(iter(found.values())), spec, modality=name)
             tables[name] = table[table.obs_names.isin(found)].copy()
     ids = list(registry.patient_ids)

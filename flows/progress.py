@@ -50,6 +50,8 @@ class Progress:
 
     def advance(self, n: int) -> None:
         """Count ``n`` more units as done."""
+        if not self._total:
+            return
         self._done += n
         self._bar.advance(self._task, n)
         if self._artifact is not None:
@@ -100,6 +102,8 @@ class RoundProgress:
 
 
 def _create_artifact(label: str) -> UUID | None:
+    if "prefect" not in sys.modules:  # importing it takes seconds, and no flow runs without it
+        return None
     from prefect.artifacts import create_progress_artifact
     from prefect.context import FlowRunContext
 

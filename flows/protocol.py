@@ -128,7 +128,7 @@ class StudyProtocol(_Section):
     @model_validator(mode="before")
     @classmethod
     def _default_encoders(cls, values: Any) -> Any:
-        """Give every modality an encoder, and every encoder its kind's harmonisation."""
+        """Give every modality an encoder, and every encoder the defaults of its kind."""
         sections = values.get("modality") if isinstance(values, dict) else None
         given = values.get("encoder", {}) if isinstance(values, dict) else None
         if not isinstance(sections, dict) or not isinstance(given, dict):
@@ -139,7 +139,7 @@ class StudyProtocol(_Section):
             if name not in encoders:
                 encoders[name] = default
             elif isinstance(encoders[name], dict):
-                encoders[name] = {"harmonise": default["harmonise"], **encoders[name]}
+                encoders[name] = {**default, **encoders[name]}
         return {**values, "encoder": encoders}
 
     @model_validator(mode="after")
@@ -170,9 +170,18 @@ class StudyProtocol(_Section):
                 f"encoder.{name}.model: found {encoder.model}, needed one that reads "
                 f"{'tiles' if isinstance(spec, PathologySpec) else 'a table'}"
             )
-        if encoder.sharing == "local" or isinstance(spec, PathologySpec):
+        if isinstance(spec, PathologySpec):
             return
         known = self.feature_names(name)
+        unknown = [x for x in encoder.inputs if known and x not in known]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"encoder.{name}.inputs: found unknown {unknown[0]}{hint}")
+        if encoder.sharing == "sums":
+            self._check_sums(name, encoder)
+
+    def _check_sums(self, name: str, encoder: EncoderSpec) -> None:
         n_inputs = len(self.encoder_inputs(name))
         if n_inputs > encoder.max_inputs and encoder.harmonise == "none":
             raise ValueError(
@@ -184,11 +193,6 @@ class StudyProtocol(_Section):
                 f"encoder.{name}.inputs: sharing sums needs the same inputs at every site; name "
                 f"them here or in modality.{name}.columns"
             )
-        unknown = [x for x in encoder.inputs if known and x not in known]
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"encoder.{name}.inputs: found unknown {unknown[0]}{hint}")
 
     def feature_names(self, name: str) -> tuple[str, ...]:
         """Names of the features that a modality's extractor gives; empty if a file decides."""
@@ -331,7 +335,9 @@ def _describe(problem: dict[str, Any], source: str) -> str:
         return f"{source}: {key}: found nothing, needed a value"
     text = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"{source}: {key + '.' if key else ''}{text}" if key else f"{source}: {text}"
+        # A section's validator names the key below it; a key's own does not.
+        between = ": " if text.startswith(("found ", "needed ")) else "."
+        return f"{source}: {key}{between}{text}" if key else f"{source}: {text}"
     return f"{source}: {key}: {text[0].lower() + text[1:]}, found {problem['input']!r}"
 
 
@@ -356,7 +362,7 @@ def _read_spec(name: str, section: Any) -> Any:
         return section
     if not _NAME.fullmatch(name) or name in (PROTOCOL, LOCAL_ENCODERS):
         raise ValueError(f"{name}: needed a name of lower-case letters, digits and underscores")
-    if not isinstance(section, dict) or section.get("kind") not in KINDS:
+    if not isinstance(section, dict) or section.get("kind") not in list(KINDS):
         found = section.get("kind") if isinstance(section, dict) else section
         raise ValueError(f"{name}.kind: found {found!r}, needed one of {', '.join(KINDS)}")
     kind = section["kind"]
@@ -384,7 +390,8 @@ def _first_fault(name: str, error: ValidationError, spec: type[BaseModel]) -> st
 
 def _default_encoder(section: Any) -> dict[str, str]:
     """Gated attention that stays at the site for slides, linear sums for tables."""
-    kind = section.get("kind") if isinstance(section, dict) else kind_of(section)
+    kind = section.get("kind") if isinstance(section, dict) else None
+    kind = next((k for k, cls in KINDS.items() if type(section) is cls), kind)
     if kind == "pathology":
         return {"model": "gated_attention", "sharing": "local", "harmonise": "site"}
     # Age and stage mean the same everywhere; measurements carry their machine's level.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from logging.handlers import RotatingFileHandler
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -18,6 +19,8 @@ R = TypeVar("R")
 
 _LOG = logging.getLogger("consilium.local")
 _LOG.propagate = False
+_LOG.addHandler(logging.NullHandler())  # without any, logging prints tracebacks
+_CODE = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 
 class SiteError(RuntimeError):
@@ -33,6 +36,13 @@ class SiteError(RuntimeError):
     def __init__(self, code: str, cause: Exception) -> None:
         super().__init__(code)
         self.cause = cause
+
+
+def _code_of(error: Exception) -> str:
+    # Other libraries' exceptions have a `code` too, and that may be any text.
+    code = getattr(error, "code", None)
+    is_code = isinstance(code, str) and _CODE.fullmatch(code) is not None
+    return str(code) if is_code else type(error).__name__
 
 
 def log_to(folder: Path) -> None:
@@ -77,7 +87,7 @@ def sealed(body: Callable[P, R]) -> Callable[P, R]:
             raise
         except Exception as error:  # noqa: BLE001
             note(error)
-            code = f"{body.__name__}:{getattr(error, 'code', type(error).__name__)}"
+            code = f"{body.__name__}:{_code_of(error)}"
             cause = error
         # Outside the except block: a chained exception's text would go to the server with it.
         raise SiteError(code, cause)

@@ -16,6 +16,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.check import without_registry
 from flows.extraction import Ledger, ModalityWork, collect, extract_batch, plan_modality
 from flows.inputs import LocalEncoder, keyed_digest, site_inputs, train_local
 from flows.progress import Progress
@@ -186,6 +187,7 @@ def _assign(settings: SiteSettings, ids: list[str], protocol: StudyProtocol) -> 
     name="prepare-site", flow_run_name="prepare-{site}", persist_result=False, log_prints=False,
     task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
 )  # fmt: skip
+@sealed
 def prepare_site(study: str, site: str) -> Prepared:
     """Turn a site's raw inputs into its cohort, doing only what is new.
 
@@ -202,6 +204,9 @@ def prepare_site(study: str, site: str) -> Prepared:
     # Modalities take turns, so that array code and Python code of two of them run side by side.
     turns = sorted((at, i, work) for i, work in enumerate(works) for at in range(len(work.pending)))
     exclusions = [*excluded, *unlisted, *(fault for work in works for fault in work.faults)]
+    known = {*registry.patient_ids, *(e.patient_id for e in excluded)}
+    listed = [row for work in works for row in work.rows]
+    exclusions += without_registry(listed, known, protocol.clinical)
     n_pending = sum(len(work.pending[at].rows) for at, _, work in turns)
     with Progress(f"{site}: extract", total=n_pending) as progress:
         futures = [
@@ -268,6 +273,7 @@ def encoder_key(cohort: str, protocol: StudyProtocol, modality: str) -> str:
 
 def _keep(folder: Path, key: str, trained: LocalEncoder) -> None:
     """Write weights and scores, then the key that says they are whole."""
+    (folder / "encoder.json").unlink(missing_ok=True)  # an older key must not vouch for these
     with replacing(folder / "log_hazard.npy") as temporary:
         np.save(temporary, trained.log_hazard)
     if trained.encoder is not None:
@@ -282,8 +288,9 @@ def _about(folder: Path) -> dict[str, Any] | None:
     """Read which cohort, protocol and code a trained encoder belongs to; None without one."""
     try:
         about = json.loads((folder / "encoder.json").read_text())
-        return about if {"key", "reason", "trained"} <= set(about) else None
-    except (OSError, ValueError, TypeError):
+        whole = not about["trained"] or (folder / "encoder.safetensors").is_file()
+        return about if whole and {"key", "reason"} <= set(about) else None
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 

@@ -20,7 +20,7 @@ from flows.reference import Consortium, compare
 from flows.registry import Registered, find_version, track_study
 from flows.reports import ResultsTable, figures, results_table, to_markdown
 from flows.sealed import log_to, may_pass, note, sealed
-from flows.site import COHORT, load_encoders, load_inputs, open_site
+from flows.site import COHORT, load_encoders, load_inputs
 from flows.summary import Stopwatch, summarise_record
 from flows.versions import git_commit, source_digest
 from fusion.federation import Coordinator, InProcess, SiteStudy, summarise
@@ -87,8 +87,9 @@ def load_sites(protocol: StudyProtocol, sites: tuple[str, ...], plan: Federation
     inputs: dict[str, SiteInputs] = {}
     local: dict[str, Mapping[str, LocalEncoder]] = {}
     studies: dict[str, SiteStudy] = {}
+    workspace = Workspace()
     for site in sites:
-        settings, _ = open_site(protocol.study.name, site)
+        settings = workspace.site(site)
         inputs[site] = load_inputs(settings, protocol)
         local[site] = load_encoders(settings, protocol, inputs[site])
         rows = site_rows(inputs[site], local[site], protocol)

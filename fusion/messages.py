@@ -115,7 +115,11 @@ class AskCoxSums:
 
 @dataclass(frozen=True)
 class CoxSumsReply:
-    """Site: sums of every fit asked for, padded with zeros to the widest."""
+    """Site: sums of every fit asked for, padded with zeros to the widest.
+
+    Where one patient outweighs the others at these coefficients, the log-likelihood is very low and
+    the derivatives are zero, so that a step ending there is halved.
+    """
 
     log_likelihood: PerFit
     gradient: PerFitInput
@@ -197,9 +201,10 @@ class Evaluation:
     """Site: evaluation sums per arm, in the order asked.
 
     ``pairs`` and ``uno`` hold :class:`fusion.evaluation.PairCounts`, with a further row for the
-    site's own model where it has one; ``brier`` the Brier sums, the last row those of the site's
-    Kaplan-Meier curve; ``life_table`` and ``calibration`` the tables by risk group, each flattened.
-    A table with a small cell crosses as zeros.
+    site's own model where it has one; ``brier`` the Brier sums averaged over the grid, the last row
+    those of the site's Kaplan-Meier curve; ``life_table`` and ``calibration`` the tables by risk
+    group, each flattened. A table with a small cell crosses as zeros, and so does one whose groups
+    differ from another arm's by a few patients.
     """
 
     n_test: int

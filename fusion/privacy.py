@@ -95,7 +95,7 @@ def outweighed(log_hazard: np.ndarray, *, share: float = 0.8) -> bool:
     """
     if log_hazard.size == 0 or not np.isfinite(log_hazard).all():
         return log_hazard.size > 0
-    return bool(1.0 > share * np.exp(log_hazard - log_hazard.max()).sum())
+    return bool(share * np.exp(log_hazard - log_hazard.max()).sum() < 1.0)
 
 
 def releasable_edges(

@@ -37,7 +37,7 @@ class SiteSettings(BaseSettings):
     )
     batch_size: int = Field(default=64, ge=1, le=10_000, description="inputs per Prefect task")
 
-    @field_validator("manifest", "clinical")
+    @field_validator("home", "manifest", "clinical")
     @classmethod
     def _expand(cls, path: Path) -> Path:
         return path.expanduser()
@@ -66,14 +66,17 @@ def load_site(path: Path) -> SiteSettings:
         raise SettingsError(
             f"{SITE_FILE}: found no such file; write one with `consilium site init`"
         ) from None
+    except OSError:
+        raise SettingsError(f"{SITE_FILE}: needed a readable file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{SITE_FILE}: found no valid TOML: {error}") from None
     overridden = {
         key for key in SiteSettings.model_fields if f"CONSILIUM_SITE_{key.upper()}" in os.environ
     }
     given = {k: v for k, v in values.items() if k not in overridden}
-    if "home" not in values and "home" not in overridden:
-        given["home"] = path.parent.resolve()
+    if "home" not in overridden and isinstance(values.get("home", ""), str):
+        home = Path(values.get("home", "")).expanduser()
+        given["home"] = path.parent.resolve() / home
     try:
         return SiteSettings(**given)
     except ValidationError as error:

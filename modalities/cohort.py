@@ -167,13 +167,22 @@ def read_manifest(
 
 def _read_text_table(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # cells beyond the header
+            # A comma at the end of each row must not turn patients into row names.
+            table = pd.read_csv(
+                path, dtype=str, keep_default_na=False, skipinitialspace=True,
+                index_col=False, skip_blank_lines=False,
+            )  # fmt: skip
     except FileNotFoundError:
         raise DataError(
             "missing_manifest", "manifest: found no file, needed a CSV; run `consilium site init`"
         ) from None
-    except (ValueError, OSError):
-        raise DataError("unreadable_manifest", "manifest: needed a CSV table in UTF-8") from None
+    except (ValueError, OSError, pd.errors.ParserWarning):
+        raise DataError(
+            "unreadable_manifest",
+            "manifest: needed a CSV table in UTF-8, with no cell beyond the header's columns",
+        ) from None
     for column in ("patient_id", "modality", "path"):
         if column not in table.columns:
             raise DataError("missing_column", f"manifest: needed a column {column}")
@@ -185,13 +194,20 @@ def _read_text_table(path: Path) -> pd.DataFrame:
 def _row_fault(row: ManifestRow, path: str, *, copies: int) -> tuple[str, str] | None:
     if not row.patient_id:
         return "no_patient_id", "patient_id is empty, needed a pseudonym"
-    if not path or not row.path.exists():
+    if not path or not _exists(row.path):
         return "missing_file", "path names no file or folder; correct the path or the row"
-    if row.mask_path is not None and not row.mask_path.exists():
+    if row.mask_path is not None and not _exists(row.mask_path):
         return "missing_file", "mask_path names no file; correct the path or the row"
     if copies > 1:
         return "duplicate_row", "the same input stands in several rows; keep one"
     return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, or a folder that may not be entered
+        return False
 
 
 def write_exclusions(exclusions: Iterable[Exclusion], path: Path) -> None:
@@ -267,8 +283,8 @@ def assemble(
     for column in ("event", "time_days", "split", "fold_unit"):
         cohort.obs[column] = seen[column].to_numpy()
     cohort.uns["protocol_fingerprint"] = protocol_fingerprint
-    cohort.uns["cohort_digest"] = cohort_digest(cohort)
     validate_cohort(cohort)
+    cohort.uns["cohort_digest"] = cohort_digest(cohort)
     return cohort
 
 
@@ -353,7 +369,7 @@ def read_cohort(path: Path) -> md.MuData:
             cohort = md.read_h5mu(path)
         cohort.obs["event"] = cohort.obs["event"].astype(bool)
         cohort.obs["split"] = cohort.obs["split"].astype(str)
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError):
         raise DataError("damaged_cohort", "cohort: the file is damaged; prepare it again") from None
     validate_cohort(cohort)
     return cohort
@@ -372,7 +388,7 @@ def read_cohort_digest(path: Path) -> str:
     try:
         with h5py.File(path) as file:
             return str(file["uns/cohort_digest"].asstr()[()])
-    except (OSError, KeyError, AttributeError):
+    except (OSError, KeyError, AttributeError, TypeError, RuntimeError):
         raise DataError("damaged_cohort", "cohort: the file is damaged; prepare it again") from None
 
 

@@ -70,11 +70,7 @@ def _encoders(request: m.SetEncoders, plan: FederationPlan) -> bool:
     # The encoder of all patients, with every fold's or with none: a lone fold marks its patients.
     for modality in {fit.partition("/")[0] for fit in named}:
         folds = set(plan.fold_fits(modality))
-        if (
-            modality not in plan.sums
-            or modality not in named
-            or named & folds not in (set(), folds)
-        ):
+        if not {modality} <= named & set(plan.sums) or named & folds not in (set(), folds):
             return False
     return _fits(request.fits, request.coefficients, plan)
 

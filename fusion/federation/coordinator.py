@@ -292,7 +292,7 @@ class Coordinator:
                 continue
             for row, fit in enumerate(active.values()):
                 fit.advance(_add([_row(r, row, fit.n_inputs) for r in replies.values()]))
-            self._round_done(float(np.mean([fit.objective for fit in fits.values()])))
+            self._round_done(float(np.mean([fit.objective for fit in active.values()])))
         self.fit_rounds |= {name: fit.rounds for name, fit in fits.items() if fit.converged}
 
     def _goes_on(self, name: str, fit: NewtonFit) -> bool:

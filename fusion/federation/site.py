@@ -10,6 +10,7 @@ import numpy as np
 
 from fusion import messages as m
 from fusion.evaluation import (
+    BrierSums,
     CensoringCurve,
     brier_sums,
     calibration_sums,
@@ -168,7 +169,7 @@ class SiteStudy:
         return m.encode(m.Refused(code))
 
     def _require_first(self, request: Any) -> None:
-        """Let what differs within a run be asked once; the same again, a network's doing, passes."""
+        """Let some requests differ but once in a run; the same again is a network's doing."""
         if isinstance(request, _ONCE):
             first = m.encode(replace(request, round=0))
             if self._answered.setdefault(type(request), first) != first:
@@ -185,8 +186,9 @@ class SiteStudy:
 
         Sums of two arms, or of a fit and its baseline, then never differ by a few patients.
         """
-        has = [self._present(modality) for modality in self.plan.modalities]
-        return np.logical_or.reduce(has)
+        shared = [self._present(modality) for modality in self.plan.modalities]
+        own = [~np.isnan(column.train) for column in self.rows.local.values()]
+        return np.logical_or.reduce([*shared, *own])
 
     @property
     def _behind_fusion(self) -> Outcome:
@@ -199,10 +201,11 @@ class SiteStudy:
         )
 
     def _present(self, modality: str) -> NDArray[np.bool_]:
-        """(n_train,) which training rows have the modality."""
-        if modality in self.rows.tables:
-            return np.asarray(~np.isnan(self.rows.tables[modality].train).all(axis=1))
-        if modality in self.rows.local:
+        """(n_train,) which training rows stand behind the modality's own sums or column."""
+        if modality in self.plan.sums:
+            if modality in self.rows.tables:
+                return np.asarray(~np.isnan(self.rows.tables[modality].train).all(axis=1))
+        elif modality in self.rows.local:
             return np.asarray(~np.isnan(self.rows.local[modality].train))
         return np.zeros(len(self.rows.train), dtype=bool)
 
@@ -459,16 +462,26 @@ class SiteStudy:
             uno_pair_counts(x, test.event, test.time, curve, request.horizon_days).to_vector()
             for x in ranked
         ]
-        null = null_brier_sums(test.event, test.time, request.edges_days, curve).to_vector()
+        null = null_brier_sums(test.event, test.time, request.edges_days, curve)
+        shown = self._apart(request, list(scored.values()))
         return m.Evaluation(
             n_test=len(test),
             n_test_events=int(test.event.sum()),
             pairs=np.array(pairs),
             uno=np.array(uno),
-            brier=np.array([brier for brier, _, _ in of_arms] + [null]),
-            life_table=np.array([life for _, life, _ in of_arms]),
-            calibration=np.array([cells for _, _, cells in of_arms]),
+            brier=np.array([brier for brier, _, _ in of_arms] + [_averaged(null)]),
+            life_table=shown * np.array([life for _, life, _ in of_arms]),
+            calibration=shown * np.array([cells for _, _, cells in of_arms]),
         )
+
+    def _apart(self, request: m.AskEvaluation, log_hazard: list[Floats]) -> NDArray[np.bool_]:
+        """(arms, 1) whose tables may leave: groups must not differ from another arm's by a few."""
+        groups = [np.searchsorted(c, x) for c, x in zip(request.groups, log_hazard, strict=True)]
+        shown = np.ones((len(groups), 1), dtype=bool)
+        for row, group in enumerate(groups):
+            moved = [int((group != other).sum()) for other in groups[:row]]
+            shown[row] = not any(0 < n < self.plan.minimum.cell for n in moved)
+        return shown
 
     def _arm_tables(
         self, request: m.AskEvaluation, row: int, log_hazard: Floats, curve: CensoringCurve
@@ -495,7 +508,7 @@ class SiteStudy:
         )
         brier = brier_sums(surviving(edges), test.event, test.time, edges, curve)
         return (
-            brier.to_vector(),
+            _averaged(brier),
             self._without_small_cells(_with_survivors(life.counts), life.to_vector()),
             self._without_small_cells(
                 np.stack([cells.n_patients, cells.n_events, cells.n_patients - cells.n_events]),
@@ -512,6 +525,12 @@ def _log_hazard(inputs: Floats, coefficients: Floats) -> Floats:
     # Coefficients come from outside: an overflow is judged by its result.
     with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(inputs @ coefficients)
+
+
+def _averaged(brier: BrierSums) -> Floats:
+    """Brier sums with the grid's average at every time: each time's own would tell its events."""
+    average = np.full_like(brier.squared_errors, brier.integral[0])
+    return replace(brier, squared_errors=average).to_vector()
 
 
 def _with_survivors(counts: Floats) -> Floats:
