@@ -73,12 +73,16 @@ def _sentence(error: Exception) -> str | None:
     from flows.sealed import SiteError
     from flows.services import ServiceError
     from fusion.federation import QuorumNotMet
+    from fusion.survival import ConvergenceError
     from modalities.cohort import DataError
     from modalities.pathology import MissingWeights, UnknownEncoder
 
     if isinstance(error, SiteError):
         return _sentence(error.cause) or f"{error}; see the local log, logs/consilium.log"
-    known = (ProtocolError, ServiceError, QuorumNotMet, DataError, MissingWeights, UnknownEncoder)
+    known = (
+        ProtocolError, ServiceError, QuorumNotMet, ConvergenceError, DataError, MissingWeights,
+        UnknownEncoder,
+    )  # fmt: skip
     if isinstance(error, known):
         return str(error)
     if isinstance(error, OSError) and error.filename:  # a full disk, a folder without permission
