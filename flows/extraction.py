@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,8 @@ from modalities.tabular import TabularSpec, read_table
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from flows.protocol import ModalitySpec
     from modalities.pathology import TileEncoder
@@ -210,8 +213,8 @@ def _is_done(
 
 
 def _bag_path(row: ManifestRow, bags: Path) -> Path:
-    # Two slides of one name in different folders must not share a bag.
-    return bags / f"{row.path.stem}-{fingerprint(str(row.path))[:8]}.h5"
+    # Two slides of one name in different folders must not share a bag; a moved site keeps its own.
+    return bags / f"{row.path.stem}-{fingerprint(os.path.relpath(row.path, bags))[:8]}.h5"
 
 
 def extract_batch(batch: Batch, spec: ModalitySpec, features: Path) -> list[Exclusion]:
@@ -229,8 +232,13 @@ def extract_batch(batch: Batch, spec: ModalitySpec, features: Path) -> list[Excl
 
 
 @lru_cache(maxsize=2)
-def _tile_encoder(spec: PathologySpec) -> TileEncoder:
+def _loaded(spec: PathologySpec) -> TileEncoder:
     return load_tile_encoder(spec)
+
+
+def _tile_encoder(spec: PathologySpec) -> TileEncoder:
+    with _TABLE:  # two batches at once would both load it
+        return _loaded(spec)
 
 
 def _embed_slides(batch: Batch, spec: PathologySpec, bags: Path) -> list[Exclusion]:
@@ -362,20 +370,32 @@ def _collect_bags(work: ModalityWork, spec: PathologySpec) -> ad.AnnData | None:
         return known
     if not fresh:
         return None
-    means = [np.concatenate([read_bag(b).features for b, _ in f]).mean(0) for f in fresh.values()]
+    means = {p: mean for p, found in fresh.items() if (mean := _mean_embedding(found)) is not None}
+    if not means:
+        return None
     table = feature_table(
-        list(fresh),
-        [f"mean_{i}" for i in range(len(means[0]))],
-        np.stack(means),
-        input_digests=list(source.values()),
+        list(means),
+        [f"mean_{i}" for i in range(len(next(iter(means.values()))))],
+        np.stack(list(means.values())),
+        input_digests=[source[p] for p in means],
         spec_fingerprint=spec.fingerprint(),
     )
-    table.obs["source_digest"] = list(source.values())
-    table.obs["bag"] = [
-        ";".join(f"{work.modality}/{b.name}" for b, _ in found) for found in fresh.values()
-    ]
+    table.obs["source_digest"] = [source[p] for p in means]
+    table.obs["bag"] = [";".join(f"{work.modality}/{b.name}" for b, _ in fresh[p]) for p in means]
     _write_features(table, work.table_path)
     return table
+
+
+def _mean_embedding(bags: Sequence[tuple[Path, str]]) -> NDArray[np.float64] | None:
+    """(dim,) mean over a patient's tiles; None, and the bag is made anew, where one is damaged."""
+    tiles = []
+    for path, _ in bags:
+        try:
+            tiles.append(read_bag(path).features)
+        except DataError:
+            path.unlink(missing_ok=True)
+            return None
+    return np.asarray(np.concatenate(tiles).mean(axis=0, dtype=np.float64))
 
 
 def _same(table: ad.AnnData, source: Mapping[str, str]) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 from fusion.encoder_inputs import pool_bags, take
 from fusion.federation import Outcome, SiteRows, Split
-from modalities.cohort import TRAIN, rows_of
+from modalities.cohort import TRAIN, DataError, rows_of
 from modalities.harmonise import fit_site_scaler
 from modalities.pathology import PathologySpec, read_bag
 
@@ -210,7 +210,8 @@ def train_local(inputs: SiteInputs, modality: str, spec: EncoderSpec, *, seed: i
     """
     found = inputs.modalities.get(modality)
     if found is None or not inputs.trains:
-        return LocalEncoder(None, np.zeros(0), "no patient has it")
+        reason = "no patient has it" if inputs.trains else "the site is below its training minimum"
+        return LocalEncoder(None, np.zeros(0), reason)
     # Torch takes seconds to import, and only a fit should wait for it.
     from fusion.training import TooFewEvents, TrainingDiverged, cross_fit, fit_encoder
 
@@ -262,6 +263,13 @@ def shared_table(inputs: SiteInputs, modality: str, protocol: StudyProtocol) -> 
             return np.asarray(found.values, dtype=np.float64)
         return np.asarray(np.nan_to_num(found.values, nan=0.0) @ projection)
     means = pool_bags(found.values)
+    needed = protocol.encoder[modality].max_inputs
+    if means.shape[1] < needed:
+        raise DataError(
+            "too_few_dimensions",
+            f"encoder.{modality}.max_inputs: found {needed}, needed at most the "
+            f"{means.shape[1]} dimensions of its tile embeddings",
+        )
     projection = protocol.projection(modality, means.shape[1])
     projected = means if projection is None else means @ projection
     train = inputs.train[found.rows]

@@ -8,6 +8,8 @@ import re
 from logging.handlers import RotatingFileHandler
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from modalities.pathology import MissingWeights
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -36,6 +38,10 @@ class SiteError(RuntimeError):
     def __init__(self, code: str, cause: Exception) -> None:
         super().__init__(code)
         self.cause = cause
+
+    def __reduce__(self) -> tuple[type[SiteError], tuple[str, Exception]]:
+        # Prefect keeps a failure's exception with its results, which may lie on another machine.
+        return SiteError, (str(self), RuntimeError(str(self)))
 
 
 def _code_of(error: Exception) -> str:
@@ -70,7 +76,9 @@ def may_pass(task: object, run: object, state: State[object]) -> bool:
     """Say whether a failed task is worth another try: a disk or a network may recover."""
     del task, run
     error = state.result(raise_on_failure=False)
-    return isinstance(error, SiteError) and isinstance(error.cause, OSError)
+    cause = error.cause if isinstance(error, SiteError) else None
+    final = (FileNotFoundError, PermissionError, MissingWeights)
+    return isinstance(cause, OSError) and not isinstance(cause, final)
 
 
 def sealed(body: Callable[P, R]) -> Callable[P, R]:

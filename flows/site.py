@@ -107,7 +107,8 @@ def list_inputs(
     """Read the manifest and find what is new or changed since the last time."""
     names = [x for x in protocol.modalities if x != protocol.clinical]
     rows, exclusions = read_manifest(settings.path(settings.manifest), names)
-    sweep(settings.path("features"))
+    for folder in ("features", "encoders"):
+        sweep(settings.path(folder))
     ledger = Ledger(settings.path("features", "digests.json"))
     works = [
         plan_modality(

@@ -133,7 +133,8 @@ def read_manifest(
     rows
         Usable rows in the order of the file.
     exclusions
-        Rows without a patient id, that name a missing file, or that repeat another row.
+        Rows without a patient id, that name a missing file, that repeat another row, or whose
+        modality is misspelt by its case.
 
     Raises
     ------
@@ -147,6 +148,11 @@ def read_manifest(
     exclusions: list[Exclusion] = []
     for number, raw in enumerate(table.to_dict("records"), start=2):
         if raw["modality"] not in known:
+            meant = raw["modality"].lower()
+            if meant in known:
+                reason = f"manifest line {number}: modality differs from {meant} in its case"
+                found = Exclusion(raw["patient_id"], meant, "unknown_modality", reason)
+                exclusions.append(found)
             continue
         row = ManifestRow(
             patient_id=raw["patient_id"],
@@ -302,8 +308,7 @@ def validate_cohort(cohort: md.MuData) -> None:
     Raises
     ------
     DataError
-        If there is no patient, ids repeat, an outcome is not sane, a split or digest is missing,
-        or a modality holds a patient that the cohort does not.
+        If there is no patient, ids repeat, an outcome is not sane, or a split or digest is missing.
     """
     obs = cohort.obs
     faults = {

@@ -105,7 +105,7 @@ import mlflow, numpy as np, pandas as pd
 model = mlflow.pyfunc.load_model("models:/demo-fusion@candidate")
 columns = ["clinical", "omics", "pathology", "radiology"]
 rows = pd.DataFrame([[0.0] * 4, [1.0] * 4, [1.0, np.nan, np.nan, 1.0]], columns=columns)
-print(model.predict(rows).to_json(orient="list"))
+print(model.predict(rows).to_json(orient="records"))
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -197,10 +197,10 @@ def _corrupt(root: Path) -> dict[str, str]:
 
 
 def test_bad_inputs_are_set_aside_one_by_one_and_the_rest_goes_on(
-    raw: Path, tmp_path: Path
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     root = tmp_path / "consortium"
-    shutil.copytree(raw, root)
+    shutil.copytree(finished[0], root)
     expected = _corrupt(root)
     check = consilium("site", "check", "site-01", "--root", root, "--json", check=False)
     assert check.returncode == 1
@@ -217,9 +217,11 @@ def test_bad_inputs_are_set_aside_one_by_one_and_the_rest_goes_on(
     assert summary["n_patients"] == 132 - 3
 
 
-def test_no_site_above_its_minimum_is_one_sentence(raw: Path, tmp_path: Path) -> None:
+def test_no_site_above_its_minimum_is_one_sentence(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     root = tmp_path / "consortium"
-    shutil.copytree(raw, root)
+    shutil.copytree(finished[0], root)
     study = root / "study.toml"
     study.write_text(study.read_text().replace("patients = 25", "patients = 500"))
     done = consilium("study", "run", "--root", root, check=False)
