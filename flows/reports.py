@@ -34,7 +34,7 @@ HIDDEN = "hidden"
 ARM_NAMES = {
     LOCAL_ONLY: "Local only",
     PROTOCOL: "Federated",
-    LOCAL_ENCODERS: "Federated, local encoders",
+    LOCAL_ENCODERS: "Federated with local encoders",
 }
 REFERENCE_NAMES = {"pooled": "Pooled rows", "true_hazard": "True hazard"}
 _DAYS_PER_YEAR = 365.25
@@ -122,7 +122,7 @@ def _counts(n_patients: int, n_events: int) -> str:
 def _interval(estimate: Estimate | None) -> str:
     if estimate is None:
         return NOTHING
-    return f"{estimate.value:.3f} ({estimate.low:.3f}–{estimate.high:.3f})"
+    return f"{estimate.value:.3f} ({estimate.low:.2f}–{estimate.high:.2f})"
 
 
 def _consortium_rows(
@@ -267,12 +267,18 @@ def to_rich(table: ResultsTable) -> Table:
         caption=Text("\n".join(f"· {note}" for note in table.notes)),
         box=box.SIMPLE_HEAD,
         padding=0,
+        show_edge=False,
         caption_justify="left",
         title_justify="left",
     )
     for i, column in enumerate(table.columns):
+        lines = [column, *(_in_two_lines(row[i]) for row in table.rows)]
+        words = " ".join(lines).split()
         laid_out.add_column(
-            column.replace(" (", "\n("), justify="right" if i else "left", overflow="fold"
+            column.replace(" (", "\n("),
+            justify="right" if i else "left",
+            overflow="fold",
+            min_width=max(map(len, words)),  # no figure is broken in two
         )
     n_sites = sum(row[0] not in ("Training sites", "All sites") for row in table.rows)
     for i, row in enumerate(table.rows, start=1):
@@ -283,7 +289,7 @@ def to_rich(table: ResultsTable) -> Table:
 
 
 def _in_two_lines(cell: str) -> str:
-    if "–" in cell.strip(NOTHING):
+    if "–" in cell.strip(NOTHING) or cell.endswith("(external)"):
         return cell.replace(" (", "\n").rstrip(")")
     return cell.replace(" (", "\n(")
 

@@ -130,7 +130,7 @@ def test_each_row_is_as_long_as_the_columns(record: StudyRecord) -> None:
 
 def test_a_cell_holds_the_released_estimate(record: StudyRecord) -> None:
     estimate = record.results[PROTOCOL].by_site["site-02"]
-    text = f"{estimate.value:.3f} ({estimate.low:.3f}–{estimate.high:.3f})"
+    text = f"{estimate.value:.3f} ({estimate.low:.2f}–{estimate.high:.2f})"
     assert cell(results_table(record), "site-02", "Federated") == text
 
 
@@ -148,7 +148,7 @@ def test_an_external_site_is_marked_and_has_no_figure_of_local_models(record: St
     row = next(x for x in table.rows if x[0].startswith(EXTERNAL))
     assert row[0] == f"{EXTERNAL} (external)"
     assert cell(table, EXTERNAL, "Local only") == NOTHING
-    assert cell(table, EXTERNAL, "Federated, local encoders") == NOTHING
+    assert cell(table, EXTERNAL, "Federated with local encoders") == NOTHING
     assert cell(table, EXTERNAL, "Federated") != NOTHING
     assert any("External sites cannot use pathology" in note for note in table.notes)
 
@@ -212,9 +212,9 @@ def test_notes_say_which_site_left_and_why(record: StudyRecord) -> None:
 def test_reference_columns_appear_for_simulated_data_only(record: StudyRecord) -> None:
     assert "Pooled rows" not in results_table(record).columns
     table = results_table(with_reference(record))
-    assert cell(table, EXTERNAL, "True hazard") == "0.810 (0.790–0.830)"
+    assert cell(table, EXTERNAL, "True hazard") == "0.810 (0.79–0.83)"
     assert cell(table, "site-01", "True hazard") == NOTHING
-    assert cell(table, "All sites", "Pooled rows") == "0.810 (0.790–0.830)"
+    assert cell(table, "All sites", "Pooled rows") == "0.810 (0.79–0.83)"
     assert any("3.0e-10" in note for note in table.notes)
 
 
