@@ -153,7 +153,7 @@ def test_counts_by_hand():
 def test_many_rows_are_counted_in_blocks(monkeypatch):
     x, event, time = make_site(1, n=150, day=30.0)
     whole = ev.pair_counts(x, event, time), uno(x, event, time), auc(x, event, time)
-    monkeypatch.setattr(ev, "_PAIRS_AT_ONCE", 400)
+    monkeypatch.setattr("fusion.evaluation.pairs._PAIRS_AT_ONCE", 400)
     parts = ev.pair_counts(x, event, time), uno(x, event, time), auc(x, event, time)
     for one, other in zip(whole, parts, strict=True):
         assert_same(one, other)

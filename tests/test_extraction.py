@@ -221,7 +221,9 @@ def test_slides_of_a_patient_make_one_bag_even_of_one_name(site: Path) -> None:
     bags = table.obs.loc[first.patient_id, "bag"].split(";")
     assert len(set(bags)) == 2
     tiles = np.concatenate([read_bag(site / "features" / x).features for x in bags])
-    np.testing.assert_allclose(table[first.patient_id].X[0], tiles.mean(axis=0, dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(
+        table[first.patient_id].X[0], tiles.mean(axis=0, dtype=np.float64), rtol=1e-6
+    )
 
 
 def test_several_scans_of_a_patient_are_none(extracted: Path) -> None:

@@ -15,7 +15,8 @@ from fusion.federation.coordinator import (
 )
 from fusion.federation.plan import LOCAL_ENCODERS, LOCAL_ONLY, PROTOCOL, FederationPlan
 from fusion.federation.results import ArmResult, summarise
-from fusion.federation.site import Outcome, SiteRows, SiteStudy, Split
+from fusion.federation.rows import Outcome, SiteRows, Split
+from fusion.federation.site import SiteStudy
 from fusion.federation.transport import InProcess, Transport
 
 __all__ = [

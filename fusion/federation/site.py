@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from fusion import messages as m
-from fusion.evaluation import (
-    BrierSums,
-    CensoringCurve,
-    brier_sums,
-    calibration_sums,
-    censoring_curve,
-    life_table,
-    null_brier_sums,
-    pair_counts,
-    uno_pair_counts,
-)
+from fusion.evaluation import censoring_curve
 from fusion.federation.checks import is_within
 from fusion.federation.plan import LOCAL_ENCODERS, PROTOCOL, FederationPlan
+from fusion.federation.rows import Outcome, Split
+from fusion.federation.site_evaluation import evaluate_arms
 from fusion.late import FusionModel, fit_late_fusion, fusion_inputs, linear_inputs
 from fusion.privacy import outweighed, releasable_edges
 from fusion.survival import (
@@ -29,7 +21,6 @@ from fusion.survival import (
     ConvergenceError,
     CoxSums,
     cox_sums,
-    cumulative_hazard,
     interval_sums,
     moments,
 )
@@ -39,6 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from fusion.federation.rows import SiteRows
     from fusion.privacy import Refusal
 
     Floats = NDArray[np.float64]
@@ -51,53 +43,6 @@ _LOWEST: Final = -1e100
 # Far above any model's, far below where its exponential overflows.
 _HIGHEST_LOG_HAZARD: Final = 300.0
 _ONCE: Final = (m.SetEncoders, m.AskIntervals, m.AskEvaluation)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Outcome of some patients: ``event`` (n,) True where observed, ``time`` (n,) in days."""
-
-    event: NDArray[np.bool_]
-    time: Floats
-
-    def __len__(self) -> int:
-        return len(self.time)
-
-
-@dataclass(frozen=True)
-class Split:
-    """Values of the training rows and of the test rows, each (n, ...)."""
-
-    train: Floats
-    test: Floats
-
-
-@dataclass(frozen=True)
-class SiteRows:
-    """Everything that the federation needs of a site. No row of it ever leaves.
-
-    Attributes
-    ----------
-    cohort
-        Digest of the cohort under the site's own secret, 64 hex digits.
-    train, test
-        Outcomes; a site below its training minimum has test rows only.
-    folds
-        (n_train,) fold of each training row.
-    tables
-        Per modality in the plan's ``sums``: harmonised (n, p) inputs; a row of NaN where the
-        patient lacks the modality.
-    local
-        Per modality: (n,) log hazard of the site's own encoder, out-of-fold on the training rows;
-        NaN where the patient lacks the modality, absent where the site trained no encoder.
-    """
-
-    cohort: str
-    train: Outcome
-    test: Outcome
-    folds: NDArray[np.int64]
-    tables: dict[str, Split]
-    local: dict[str, Split]
 
 
 class _Refusal(Exception):
@@ -439,101 +384,27 @@ class SiteStudy:
         test = self.rows.test
         if int(test.event.sum()) < self.plan.minimum.test_events:
             raise _Refusal("below_minimum_events")
-        scored = {
-            arm: self.test_log_hazard(arm, beta)
+        scored = [
+            self.test_log_hazard(arm, beta)
             for arm, beta in zip(request.arms, request.coefficients, strict=True)
-        }
-        if not all((np.abs(x) < _HIGHEST_LOG_HAZARD).all() for x in scored.values()):
+        ]
+        if not all((np.abs(x) < _HIGHEST_LOG_HAZARD).all() for x in scored):
             raise _Refusal("malformed_request")
-        curve = censoring_curve(
-            np.concatenate([self.rows.train.event, test.event]),
-            np.concatenate([self.rows.train.time, test.time]),
-        )
-        of_arms = [
-            self._arm_tables(request, row, log_hazard, curve)
-            for row, log_hazard in enumerate(scored.values())
-        ]
         own = self.own_model()
-        ranked = list(scored.values())
-        if own is not None:
-            ranked.append(own.predict(self.columns(LOCAL_ENCODERS).test))
-        pairs = [pair_counts(x, test.event, test.time).to_vector() for x in ranked]
-        uno = [
-            uno_pair_counts(x, test.event, test.time, curve, request.horizon_days).to_vector()
-            for x in ranked
-        ]
-        null = null_brier_sums(test.event, test.time, request.edges_days, curve)
-        shown = self._apart(request, list(scored.values()))
-        return m.Evaluation(
-            n_test=len(test),
-            n_test_events=int(test.event.sum()),
-            pairs=np.array(pairs),
-            uno=np.array(uno),
-            brier=np.array([brier for brier, _, _ in of_arms] + [_averaged(null)]),
-            life_table=shown * np.array([life for _, life, _ in of_arms]),
-            calibration=shown * np.array([cells for _, _, cells in of_arms]),
-        )
-
-    def _apart(self, request: m.AskEvaluation, log_hazard: list[Floats]) -> NDArray[np.bool_]:
-        """(arms, 1) whose tables may leave: groups must not differ from another arm's by a few."""
-        groups = [np.searchsorted(c, x) for c, x in zip(request.groups, log_hazard, strict=True)]
-        shown = np.ones((len(groups), 1), dtype=bool)
-        for row, group in enumerate(groups):
-            moved = [int((group != other).sum()) for other in groups[:row]]
-            shown[row] = not any(0 < n < self.plan.minimum.cell for n in moved)
-        return shown
-
-    def _arm_tables(
-        self, request: m.AskEvaluation, row: int, log_hazard: Floats, curve: CensoringCurve
-    ) -> tuple[Floats, Floats, Floats]:
-        """Brier sums, life table and calibration of one arm; a table with a small cell is zeros."""
-        test, edges, cuts = self.rows.test, request.edges_days, request.groups[row]
-        hazard = request.hazard_per_day[row]
-
-        def surviving(times: Floats) -> Floats:
-            expected = np.exp(log_hazard)[:, None] * cumulative_hazard(hazard, edges, times)
-            return np.exp(-expected)
-
-        group = np.searchsorted(cuts, log_hazard)
-        n_groups = len(cuts) + 1
-        life = life_table(test.event, test.time, group, np.append(0.0, edges), n_groups)
-        cells = calibration_sums(
-            surviving(np.array([request.horizon_days]))[:, 0],
-            test.event,
-            test.time,
-            group,
-            horizon=request.horizon_days,
-            censoring=curve,
-            n_groups=n_groups,
-        )
-        brier = brier_sums(surviving(edges), test.event, test.time, edges, curve)
-        return (
-            _averaged(brier),
-            self._without_small_cells(_with_survivors(life.counts), life.to_vector()),
-            self._without_small_cells(
-                np.stack([cells.n_patients, cells.n_events, cells.n_patients - cells.n_events]),
-                cells.to_vector(),
+        return evaluate_arms(
+            request,
+            test,
+            scored,
+            None if own is None else own.predict(self.columns(LOCAL_ENCODERS).test),
+            curve=censoring_curve(
+                np.concatenate([self.rows.train.event, test.event]),
+                np.concatenate([self.rows.train.time, test.time]),
             ),
+            cell=self.plan.minimum.cell,
         )
-
-    def _without_small_cells(self, counts: Floats, vector: Floats) -> Floats:
-        small = (counts > 0) & (counts < self.plan.minimum.cell)
-        return np.zeros_like(vector) if small.any() else vector
 
 
 def _log_hazard(inputs: Floats, coefficients: Floats) -> Floats:
     # Coefficients come from outside: an overflow is judged by its result.
     with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(inputs @ coefficients)
-
-
-def _averaged(brier: BrierSums) -> Floats:
-    """Brier sums with the grid's average at every time: each time's own would tell its events."""
-    average = np.full_like(brier.squared_errors, brier.integral[0])
-    return replace(brier, squared_errors=average).to_vector()
-
-
-def _with_survivors(counts: Floats) -> Floats:
-    """Cells of a life table, with those that subtraction gives: at risk beyond the last edge."""
-    at_risk, events, censored = np.moveaxis(counts, 2, 0)
-    return np.concatenate([counts.ravel(), (at_risk - events - censored)[:, -1]])
