@@ -424,7 +424,7 @@ def test_half_a_series_and_a_killed_write_are_mended(folder, tmp_path):
     row = _dicom_row(site)
     (site / row["mask_path"]).unlink()
     (site / row["path"] / "007.dcm").unlink()
-    (site / row["path"] / ".008-x1y2z3ab.dcm").write_bytes(b"half")
+    (site / row["path"] / ".partial-008-x1y2z3ab.dcm").write_bytes(b"half")
     marker = tmp_path / "simulation.json"
     marker.write_text(json.dumps({**json.loads(marker.read_text()), "finished": False}) + "\n")
     simulate(tmp_path, SITES, seed=3, workers=1)
