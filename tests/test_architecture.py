@@ -18,11 +18,11 @@ SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py
 FORBIDDEN_NAMES = re.compile(r"utils?|common|helpers?|base|core|misc|.*(manager|handler)s?")
 # In halves, or this file would name them too.
 HOSTS = [
-    ("pypi", "org"), ("pythonhosted", "org"), ("anaconda", "org"), ("download.pytorch", "org"),
+    ("pypi", "org"), ("pythonhosted", "org"), ("anaconda", "org"), ("download", "pytorch", "org"),
     ("huggingface", "co"), ("hf", "co"), ("docker", "io"), ("ghcr", "io"), ("quay", "io"),
     ("gcr", "io"), ("npmjs", "com"), ("npmjs", "org"), ("jsdelivr", "net"), ("unpkg", "com"),
 ]  # fmt: skip
-HOST = re.compile("|".join(rf"\b{a}\.{b}\b" for a, b in HOSTS), re.IGNORECASE)
+HOST = re.compile("|".join(r"\b" + r"\.".join(parts) + r"\b" for parts in HOSTS), re.IGNORECASE)
 # The package root is the whole of what another program may import from these.
 EXPORTED = {
     "fusion.federation": {"Coordinator", "FederationPlan", "InProcess", "Transport"},
