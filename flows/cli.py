@@ -37,6 +37,7 @@ app.add_typer(site_app, name="site")
 
 _OUT = Console()
 _ERR = Console(stderr=True)
+_SIGINT_STATUS = 130
 
 Root = Annotated[Path, typer.Option("--root", help="Folder with study.toml and the site or sites.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -55,14 +56,22 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        _ERR.print("consilium: interrupted; run the same command again to continue")
-        sys.exit(130)
+        _interrupted()
+    except SystemExit as ending:
+        if ending.code == _SIGINT_STATUS:  # typer ends so on Ctrl-C, without a word
+            _interrupted()
+        raise
     except Exception as error:
         sentence = _sentence(error)
         if sentence is None:
             raise
         _ERR.print(f"consilium: {sentence}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _interrupted() -> None:
+    _ERR.print("consilium: interrupted; run the same command again to continue")
+    sys.exit(_SIGINT_STATUS)
 
 
 def _sentence(error: Exception) -> str | None:
@@ -164,6 +173,8 @@ def ui(
     """Open what a study made: Prefect's and MLflow's pages on this machine, until Ctrl-C."""
     from flows.services import open_ui
 
+    if prefect_port == mlflow_port:
+        raise UsageError(f"--mlflow-port: found {mlflow_port} for both pages, needed two ports")
     open_ui(folder, prefect_port=prefect_port, mlflow_port=mlflow_port)
 
 

@@ -50,6 +50,8 @@ def _report(exclusions: Sequence[Exclusion], n_done: int, out: Path) -> None:
     for fault in exclusions:
         _say(f"set aside: {fault.patient_id}: {fault.code}: {fault.reason}")
     _say(f"{n_done} done, {len(exclusions)} set aside; features in {out}")
+    if n_done == 0:
+        raise typer.Exit(2)
 
 
 @extract_app.command()
@@ -175,6 +177,8 @@ def tabular(
 
     spec = _spec(TabularSpec, columns=_list(columns), patient_id=patient_id)
     table, exclusions = extract(source, out, spec)
+    if not columns:
+        _say(f"columns: {', '.join(table.var_names)}; leave out an outcome with --columns")
     _report(exclusions, table.n_obs, out)
 
 

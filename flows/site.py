@@ -240,7 +240,7 @@ def load_inputs(settings: SiteSettings, protocol: StudyProtocol) -> SiteInputs:
     if str(cohort.uns["protocol_fingerprint"]) != protocol.fingerprint():
         raise DataError(
             "other_protocol",
-            "cohort: found one of another protocol; run the flow prepare-site again",
+            "cohort: found one of another protocol; run `consilium site prepare` again",
         )
     return site_inputs(
         cohort,

@@ -132,6 +132,9 @@ class Workspace(BaseSettings):
             If there is no such site, or its file is faulty.
         """
         below = self.root / name / SITE_FILE
+        if not below.is_file() and not (self.root / SITE_FILE).is_file():
+            found = ", ".join(self.site_names()) or "none; write one with `consilium site init`"
+            raise SettingsError(f"site: found no {name} in the folder, which has {found}")
         settings = load_site(below if below.is_file() else self.root / SITE_FILE)
         if settings.name != name:
             raise SettingsError(

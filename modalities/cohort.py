@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import anndata as ad
@@ -134,7 +135,7 @@ def read_manifest(
         Usable rows in the order of the file.
     exclusions
         Rows without a patient id, that name a missing file, that repeat another row, or whose
-        modality is misspelt by its case.
+        modality looks like a misspelt one of the study.
 
     Raises
     ------
@@ -148,10 +149,10 @@ def read_manifest(
     exclusions: list[Exclusion] = []
     for number, raw in enumerate(table.to_dict("records"), start=2):
         if raw["modality"] not in known:
-            meant = raw["modality"].lower()
-            if meant in known:
-                reason = f"manifest line {number}: modality differs from {meant} in its case"
-                found = Exclusion(raw["patient_id"], meant, "unknown_modality", reason)
+            meant = get_close_matches(raw["modality"].lower(), sorted(known), n=1, cutoff=0.8)
+            if meant:
+                reason = f"manifest line {number}: no such modality; did you mean {meant[0]}?"
+                found = Exclusion(raw["patient_id"], meant[0], "unknown_modality", reason)
                 exclusions.append(found)
             continue
         row = ManifestRow(
@@ -368,7 +369,7 @@ def read_cohort(path: Path) -> md.MuData:
         If the file is missing or damaged, or breaks the contract.
     """
     if not path.is_file():
-        raise DataError("missing_cohort", "cohort: found none; run the flow prepare-site first")
+        raise DataError("missing_cohort", "cohort: found none; run `consilium site prepare` first")
     try:
         with _quiet_mudata():
             cohort = md.read_h5mu(path)
@@ -389,7 +390,7 @@ def read_cohort_digest(path: Path) -> str:
         If the file is missing or damaged.
     """
     if not path.is_file():
-        raise DataError("missing_cohort", "cohort: found none; run the flow prepare-site first")
+        raise DataError("missing_cohort", "cohort: found none; run `consilium site prepare` first")
     try:
         with h5py.File(path) as file:
             return str(file["uns/cohort_digest"].asstr()[()])

@@ -123,7 +123,7 @@ def test_a_site_check_exits_by_what_it_found(run: Call, consortium: Path) -> Non
     assert "found 2 (site-01, site-02), name one" in sentence(
         run("site", "check", "--root", consortium)
     )
-    assert "found no such file" in sentence(run("site", "check", "rome", "--root", consortium))
+    assert "found no rome" in sentence(run("site", "check", "rome", "--root", consortium))
 
 
 def test_a_site_check_names_patient_and_reason(run: Call, tmp_path: Path) -> None:

@@ -350,3 +350,15 @@ def test_a_missing_or_foreign_cohort_is_one_sentence(tmp_path: Path) -> None:
     for read in (read_cohort, read_cohort_digest):
         with pytest.raises(DataError, match="damaged"):
             read(path)
+
+
+def test_a_misspelt_modality_is_set_aside_and_a_foreign_one_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "ct").mkdir()
+    (tmp_path / "manifest.csv").write_text(
+        "patient_id,modality,path\na,radiolgy,ct\nb,Radiology,ct\nc,genomics,ct\nd,radiology,ct\n"
+    )
+    rows, exclusions = read_manifest(tmp_path / "manifest.csv", ["radiology", "omics"])
+    assert [row.patient_id for row in rows] == ["d"]
+    found = {(e.patient_id, e.modality, e.code) for e in exclusions}
+    assert found == {(x, "radiology", "unknown_modality") for x in "ab"}
+    assert "did you mean radiology?" in exclusions[0].reason

@@ -138,7 +138,7 @@ def test_a_workspace_finds_its_sites(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert workspace.study_file == tmp_path / "study.toml"
     assert workspace.mlflow_uri == f"sqlite:///{tmp_path}/mlflow.db"
     assert Workspace(tracking_uri="http://h:1").mlflow_uri == "http://h:1"
-    with pytest.raises(SettingsError, match="no such file"):
+    with pytest.raises(SettingsError, match="found no site-03"):
         workspace.site("site-03")
 
 
