@@ -384,7 +384,7 @@ def _dataset(site: SiteOutcome) -> Any:
 
         @classmethod
         def _resolve(cls, raw_source: Any) -> SiteSource:
-            raise NotImplementedError
+            raise RegistryError("dataset: a cohort never leaves its site, so that none is found")
 
         def to_dict(self) -> dict[str, Any]:
             return {"site": site.site, "cohort": site.cohort}
