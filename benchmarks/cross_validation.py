@@ -22,7 +22,7 @@ from flows.memory import fit_in_memory
 from flows.protocol import ProtocolError
 from flows.reference import arm_log_hazard, local_log_hazard, max_coefficient_gap
 from fusion.federation import PROTOCOL, QuorumNotMet
-from fusion.survival import ConvergenceError
+from fusion.newton import ConvergenceError
 from modalities.cohort import DataError
 from modalities.files import fingerprint
 

@@ -82,7 +82,7 @@ def _sentence(error: Exception) -> str | None:
     from flows.sealed import SiteError
     from flows.services import ServiceError
     from fusion.federation import QuorumNotMet
-    from fusion.survival import ConvergenceError
+    from fusion.newton import ConvergenceError
     from modalities.cohort import DataError
     from modalities.pathology import MissingWeights, UnknownEncoder
 

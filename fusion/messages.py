@@ -104,7 +104,7 @@ class SetScaling:
 
 
 @dataclass(frozen=True)
-class AskCoxSums:
+class AskSums:
     """Coordinator: Cox sums of these fits at these coefficients."""
 
     run: str
@@ -114,7 +114,7 @@ class AskCoxSums:
 
 
 @dataclass(frozen=True)
-class CoxSumsReply:
+class Sums:
     """Site: sums of every fit asked for, padded with zeros to the widest.
 
     Where one patient outweighs the others at these coefficients, the log-likelihood is very low and
@@ -229,7 +229,7 @@ class Refused:
 
 
 Message = (
-    Describe | Description | AskMoments | DesignMoments | SetScaling | AskCoxSums | CoxSumsReply
+    Describe | Description | AskMoments | DesignMoments | SetScaling | AskSums | Sums
     | SetEncoders | AskEdges | Edges | AskIntervals | Intervals | AskEvaluation | Evaluation
     | Done | Refused
 )  # fmt: skip

@@ -334,7 +334,7 @@ class Flaky:
 
     def ask(self, payload: bytes, sites: Sequence[str]) -> dict[str, bytes]:
         request = m.decode(payload)
-        self._n_sums += isinstance(request, m.AskCoxSums)
+        self._n_sums += isinstance(request, m.AskSums)
         replies = self._inner.ask(payload, sites)
         if self._site in replies and self._at(request, self._n_sums):
             self.spoiled += 1
@@ -392,7 +392,7 @@ def test_when_the_only_site_with_a_modality_leaves_the_others_go_on() -> None:
 OTHER_SHAPES = {
     m.Description: lambda r: replace(r, contributes=np.ones(9, bool), cross_fits=np.ones(9, bool)),
     m.DesignMoments: lambda r: replace(r, n=r.n[:1], mean=r.mean[:1], m2=r.m2[:1]),
-    m.CoxSumsReply: lambda r: replace(
+    m.Sums: lambda r: replace(
         r, gradient=r.gradient[:, :1], information=r.information[:, :1, :1]
     ),
     m.Edges: lambda r: replace(r, releasable=np.ones(9, bool)),
@@ -415,7 +415,7 @@ SPOILED = {
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED.keys())
 @pytest.mark.parametrize(
     "kind",
-    [m.Describe, m.AskMoments, m.AskCoxSums, m.AskEdges, m.AskIntervals, m.AskEvaluation],
+    [m.Describe, m.AskMoments, m.AskSums, m.AskEdges, m.AskIntervals, m.AskEvaluation],
     ids=lambda kind: kind.__name__,
 )
 def test_a_site_that_answers_nonsense_leaves_and_the_run_goes_on(
@@ -520,13 +520,13 @@ class Asker:
         return replace(ask, **change)
 
 
-def _sums_of(*fits: str, width: int = N_RADIOLOGY, value: float = 0.0) -> m.AskCoxSums:
-    return m.AskCoxSums(RUN, 5, fits, np.full((len(fits), width), value))
+def _sums_of(*fits: str, width: int = N_RADIOLOGY, value: float = 0.0) -> m.AskSums:
+    return m.AskSums(RUN, 5, fits, np.full((len(fits), width), value))
 
 
 def test_fits_over_small_folds_are_refused_whoever_asks() -> None:
     ask = Asker(_rows(150, 1)).scaled()
-    assert isinstance(ask(_sums_of("radiology")), m.CoxSumsReply)
+    assert isinstance(ask(_sums_of("radiology")), m.Sums)
     for fold in ("radiology/0", "radiology/2"):
         assert ask.code(_sums_of(fold)) == "fold_too_small"
         assert ask.code(_sums_of("radiology", fold)) == "fold_too_small"
@@ -554,7 +554,7 @@ def test_a_site_below_its_minimum_gives_no_training_sum() -> None:
     ones = np.ones((4, N_RADIOLOGY))
     ask(m.SetScaling(RUN, 2, (*SUMS, *PLAN.arms), ones, ones))
     sums = ask(_sums_of("radiology"))
-    assert isinstance(sums, m.CoxSumsReply)
+    assert isinstance(sums, m.Sums)
     assert not sums.n_patients.any()
     assert not sums.information.any()
     assert ask.code(_sums_of(PROTOCOL)) == "below_minimum_patients"
@@ -580,7 +580,7 @@ def test_a_modality_of_few_patients_is_absent_from_every_sum() -> None:
     assert not found.m2[found.n == 0].any()
     ask(m.SetScaling(RUN, 1, plan.arms, np.zeros((2, 3)), np.ones((2, 3))))
     sums = ask(_sums_of(PROTOCOL))
-    assert isinstance(sums, m.CoxSumsReply)
+    assert isinstance(sums, m.Sums)
     assert not sums.information[0, :2].any()
 
 
@@ -589,7 +589,7 @@ def test_a_flag_that_few_patients_raise_is_down() -> None:
     rows.local["pathology"].train[:3] = np.nan
     ask = Asker(rows).scaled()
     sums = ask(_sums_of(PROTOCOL, LOCAL_ENCODERS))
-    assert isinstance(sums, m.CoxSumsReply)
+    assert isinstance(sums, m.Sums)
     assert not sums.information[:, 3:].any()
     rows.local["pathology"].train[:20] = np.nan
     assert Asker(rows).scaled()(_sums_of(PROTOCOL)).information[0, 3, 3] > 0  # type: ignore[union-attr]
@@ -605,7 +605,7 @@ def test_all_arms_stand_on_the_same_patients() -> None:
     ask = Asker(rows).scaled()
     sums = ask(_sums_of(*PLAN.arms))
     description = ask(m.Describe(RUN, PLAN.protocol, PLAN.modalities))
-    assert isinstance(sums, m.CoxSumsReply)
+    assert isinstance(sums, m.Sums)
     assert isinstance(description, m.Description)
     n = len(rows.train) - 2
     assert sums.n_patients.tolist() == [n, n]
@@ -744,17 +744,17 @@ def test_subtracting_intervals_or_models_is_refused() -> None:
 def test_a_site_gives_a_fit_no_more_sums_than_newton_needs() -> None:
     ask = Asker(_rows(300, 1)).scaled()
     for k in range(MAX_SUMS_PER_FIT):
-        assert isinstance(ask(_sums_of("clinical", width=4, value=k / 99)), m.CoxSumsReply)
+        assert isinstance(ask(_sums_of("clinical", width=4, value=k / 99)), m.Sums)
     assert ask.code(_sums_of("clinical", width=4, value=0.7)) == "rounds_spent"
     assert ask.code(_sums_of("clinical", "radiology")) == "rounds_spent"
-    assert isinstance(ask(_sums_of("radiology")), m.CoxSumsReply)
+    assert isinstance(ask(_sums_of("radiology")), m.Sums)
 
 
 @pytest.mark.parametrize("size", [1e2, 1e5, 1e300, 1.7e308])
 def test_coefficients_that_single_out_a_patient_get_nothing(size: float) -> None:
     ask = Asker(_rows(300, 1)).scaled()
     reply = ask(_sums_of("radiology", PROTOCOL, value=size))
-    assert isinstance(reply, m.CoxSumsReply)
+    assert isinstance(reply, m.Sums)
     assert (reply.log_likelihood <= -1e99).all()
     assert not reply.gradient.any()
     assert not reply.information.any()

@@ -18,10 +18,10 @@ from fusion import messages as m
 from tests.strategies import KINDS, messages
 
 RUN = "0" * 64
-TO_SITE = {m.Describe, m.AskMoments, m.SetScaling, m.AskCoxSums, m.SetEncoders, m.AskEdges,
+TO_SITE = {m.Describe, m.AskMoments, m.SetScaling, m.AskSums, m.SetEncoders, m.AskEdges,
            m.AskIntervals, m.AskEvaluation}  # fmt: skip
-SUMS = m.AskCoxSums(RUN, 3, ("clinical", "clinical/0"), np.array([[1.0, 2.0], [3.0, 4.0]]))
-REPLY = m.CoxSumsReply(
+SUMS = m.AskSums(RUN, 3, ("clinical", "clinical/0"), np.array([[1.0, 2.0], [3.0, 4.0]]))
+REPLY = m.Sums(
     log_likelihood=np.array([-3.0]),
     gradient=np.zeros((1, 2)),
     information=np.zeros((1, 2, 2)),

@@ -19,12 +19,9 @@ from sksurv.util import Surv
 from statsmodels.duration.hazard_regression import PHReg
 
 from fusion.late import baseline_hazard
+from fusion.newton import MAX_ROUNDS, ConvergenceError, LikelihoodSums, NewtonFit
 from fusion.survival import (
-    MAX_ROUNDS,
-    ConvergenceError,
-    CoxSums,
     Moments,
-    NewtonFit,
     check_outcome,
     cox_sums,
     cumulative_hazard,
@@ -85,7 +82,7 @@ def test_derivatives_are_derivatives() -> None:
     rows = _rows(n_times=15)
     beta, h = np.array([0.3, -0.2, 0.1, 0.5]), 1e-5
 
-    def at(point: np.ndarray) -> CoxSums:
+    def at(point: np.ndarray) -> LikelihoodSums:
         return cox_sums(rows.inputs, rows.event, rows.time, point, strata=rows.strata)
 
     for j, direction in enumerate(np.eye(4) * h):
@@ -269,14 +266,14 @@ def test_no_events_and_endless_fits_are_errors() -> None:
     with pytest.raises(ConvergenceError, match="no events"):
         fit_cox(np.ones((5, 1)), np.zeros(5), np.ones(5))
     with pytest.raises(ConvergenceError, match="no events"):
-        NewtonFit(n_inputs=1).advance(CoxSums(0.0, np.zeros(1), np.zeros((1, 1)), 0, 0))
+        NewtonFit(n_inputs=1).advance(LikelihoodSums(0.0, np.zeros(1), np.zeros((1, 1)), 0, 0))
     fit = NewtonFit(n_inputs=1)
     for k in range(MAX_ROUNDS):
-        fit.advance(CoxSums(float(k), np.ones(1), np.eye(1), 9, 5))
+        fit.advance(LikelihoodSums(float(k), np.ones(1), np.eye(1), 9, 5))
     with pytest.raises(ConvergenceError, match=f"{MAX_ROUNDS} rounds"):
-        fit.advance(CoxSums(99.0, np.ones(1), np.eye(1), 9, 5))
+        fit.advance(LikelihoodSums(99.0, np.ones(1), np.eye(1), 9, 5))
     with pytest.raises(ConvergenceError, match="at the start"):
-        NewtonFit(n_inputs=1).advance(CoxSums(np.nan, np.zeros(1), np.eye(1), 9, 5))
+        NewtonFit(n_inputs=1).advance(LikelihoodSums(np.nan, np.zeros(1), np.eye(1), 9, 5))
 
 
 def test_a_restarted_fit_ends_at_the_optimum_of_who_remains() -> None:

@@ -61,7 +61,7 @@ def _fits(fits: Sequence[str], coefficients: Floats, plan: FederationPlan) -> bo
     )
 
 
-def _cox_sums(request: m.AskCoxSums, plan: FederationPlan) -> bool:
+def _cox_sums(request: m.AskSums, plan: FederationPlan) -> bool:
     return _fits(request.fits, request.coefficients, plan)
 
 
@@ -109,7 +109,7 @@ def _evaluation(request: m.AskEvaluation, plan: FederationPlan) -> bool:
 _REQUESTS: dict[type, Any] = {
     m.AskMoments: _moments,
     m.SetScaling: _scaling,
-    m.AskCoxSums: _cox_sums,
+    m.AskSums: _cox_sums,
     m.SetEncoders: _encoders,
     m.AskEdges: _edges,
     m.AskIntervals: _intervals,
@@ -126,7 +126,7 @@ def _design_moments(request: m.AskMoments, reply: m.DesignMoments, plan: Federat
     return reply.n.shape == shape and bool((reply.n >= 0).all() and (reply.m2 >= 0).all())
 
 
-def _sums(request: m.AskCoxSums, reply: m.CoxSumsReply, plan: FederationPlan) -> bool:
+def _sums(request: m.AskSums, reply: m.Sums, plan: FederationPlan) -> bool:
     return reply.gradient.shape == request.coefficients.shape and bool(
         (reply.n_events >= 0).all() and (reply.n_patients >= reply.n_events).all()
     )
@@ -157,7 +157,7 @@ def _evaluated(request: m.AskEvaluation, reply: m.Evaluation, plan: FederationPl
 _REPLIES: dict[type, Any] = {
     m.Description: _described,
     m.DesignMoments: _design_moments,
-    m.CoxSumsReply: _sums,
+    m.Sums: _sums,
     m.Edges: _releasable,
     m.Intervals: _interval_sums,
     m.Evaluation: _evaluated,

@@ -13,7 +13,8 @@ from fusion import messages as m
 from fusion.federation.checks import is_reply_to
 from fusion.federation.plan import PROTOCOL, FederationPlan
 from fusion.late import FusionModel, LinearEncoder, baseline_hazard
-from fusion.survival import CoxSums, Moments, NewtonFit
+from fusion.newton import LikelihoodSums, NewtonFit
+from fusion.survival import Moments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -280,10 +281,8 @@ class Coordinator:
         """
         while active := {name: fit for name, fit in fits.items() if self._goes_on(name, fit)}:
             roster = self.roster
-            request = m.AskCoxSums(
-                self.plan.run, self._number, tuple(active), _stack(active.values())
-            )
-            replies = self._ask(request, m.CoxSumsReply, roster, stage=stage)
+            request = m.AskSums(self.plan.run, self._number, tuple(active), _stack(active.values()))
+            replies = self._ask(request, m.Sums, roster, stage=stage)
             self._require_quorum()
             if self.roster != roster:
                 for fit in fits.values():
@@ -454,10 +453,10 @@ def run_federation(
     return coordinator.fitted(encoders, fusion, coordinator.evaluate(fusion))
 
 
-Sums = TypeVar("Sums", CoxSums, Moments)
+SumsT = TypeVar("SumsT", LikelihoodSums, Moments)
 
 
-def _add(parts: Sequence[Sums]) -> Sums:
+def _add(parts: Sequence[SumsT]) -> SumsT:
     # In the roster's order: floating-point sums are then the same in every run.
     total = parts[0]
     for part in parts[1:]:
@@ -474,8 +473,8 @@ def _read(payload: bytes | None) -> m.Message:
         return m.Refused("unreadable_reply")
 
 
-def _row(reply: m.CoxSumsReply, row: int, p: int) -> CoxSums:
-    return CoxSums(
+def _row(reply: m.Sums, row: int, p: int) -> LikelihoodSums:
+    return LikelihoodSums(
         float(reply.log_likelihood[row]),
         reply.gradient[row, :p],
         reply.information[row, :p, :p],

@@ -15,15 +15,9 @@ from fusion.federation.plan import LOCAL_ENCODERS, PROTOCOL, FederationPlan
 from fusion.federation.rows import Outcome, Split
 from fusion.federation.site_evaluation import evaluate_arms
 from fusion.late import FusionModel, fit_late_fusion, fusion_inputs, linear_inputs
+from fusion.newton import MAX_ROUNDS, ConvergenceError, LikelihoodSums
 from fusion.privacy import outweighed, releasable_edges
-from fusion.survival import (
-    MAX_ROUNDS,
-    ConvergenceError,
-    CoxSums,
-    cox_sums,
-    interval_sums,
-    moments,
-)
+from fusion.survival import cox_sums, interval_sums, moments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,7 +75,7 @@ class SiteStudy:
             m.Describe: self._describe,
             m.AskMoments: self._moments,
             m.SetScaling: self._set_scaling,
-            m.AskCoxSums: self._cox_sums,
+            m.AskSums: self._cox_sums,
             m.SetEncoders: self._set_encoders,
             m.AskEdges: self._edges,
             m.AskIntervals: self._intervals,
@@ -266,12 +260,12 @@ class SiteStudy:
             return linear_inputs(self.rows.tables[design].train, mean, scale)[rows], rows
         return self._fusion_inputs(design), self._fused
 
-    def _fit_sums(self, fit: str, coefficients: Floats) -> CoxSums:
+    def _fit_sums(self, fit: str, coefficients: Floats) -> LikelihoodSums:
         design = fit.partition("/")[0]
         n_inputs = self.plan.n_coefficients(fit)
         beta = coefficients[:n_inputs]
         if design in self.plan.sums and not self.contributes(design):
-            return CoxSums(0.0, np.zeros(n_inputs), np.zeros((n_inputs, n_inputs)), 0, 0)
+            return LikelihoodSums(0.0, np.zeros(n_inputs), np.zeros((n_inputs, n_inputs)), 0, 0)
         inputs, rows = self.design(fit)
         event, time = self.rows.train.event[rows], self.rows.train.time[rows]
         refusal = self._refusal(event, n_inputs)
@@ -279,10 +273,10 @@ class SiteStudy:
             raise _Refusal(refusal)
         if outweighed(_log_hazard(inputs, beta)):
             nothing = np.zeros(n_inputs), np.zeros((n_inputs, n_inputs))
-            return CoxSums(_LOWEST, *nothing, len(event), int(event.sum()))
+            return LikelihoodSums(_LOWEST, *nothing, len(event), int(event.sum()))
         return cox_sums(inputs, event, time, beta)
 
-    def _cox_sums(self, request: m.AskCoxSums) -> m.CoxSumsReply:
+    def _cox_sums(self, request: m.AskSums) -> m.Sums:
         if any(self._sums_given[fit] >= MAX_SUMS_PER_FIT for fit in request.fits):
             raise _Refusal("rounds_spent")
         self._sums_given.update(request.fits)
@@ -294,7 +288,7 @@ class SiteStudy:
             p = len(sums.gradient)
             gradient[row, :p], information[row, :p, :p] = sums.gradient, sums.information
             found.append(sums)
-        return m.CoxSumsReply(
+        return m.Sums(
             log_likelihood=np.array([s.log_likelihood for s in found]),
             gradient=gradient,
             information=information,
