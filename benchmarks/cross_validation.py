@@ -1,7 +1,7 @@
 """Run a federated study on a real table again and again, and score every arm on held-out patients.
 
-Both benchmarks share it: they read their files into :class:`Patients`, and say what the study is in
-a protocol. What is fitted is the code that a study runs, in this process.
+The benchmarks on real tables share it: they read their files into :class:`Patients`, and say what
+the study is in a protocol. What is fitted is the code that a study runs, in this process.
 """
 
 from __future__ import annotations
@@ -81,6 +81,9 @@ class Scored:
         Per arm, and per modality the consortium's encoder alone: (n_test,).
     local
         Per site that trained a model, that model on the test patients of all sites: (n_test,).
+    ridge
+        Per encoder shared as sums, and for the fusion model as ``protocol``, the penalty that the
+        federation chose on the training patients.
     rounds
         Most sums that any fit took.
     max_coefficient_gap
@@ -96,6 +99,7 @@ class Scored:
     arms: Mapping[str, Floats]
     modalities: Mapping[str, Floats]
     local: Mapping[str, Floats]
+    ridge: Mapping[str, float]
     rounds: int
     max_coefficient_gap: float
     cross_fitted: tuple[str, ...]
@@ -205,6 +209,7 @@ def fit_split(patients: Patients, protocol: StudyProtocol, split: Split) -> Scor
         arms={arm: joined(x) for arm, x in arm_log_hazard(consortium, fitted).items()},
         modalities=_modality_log_hazard(consortium, joined),
         local={site: joined(x) for site, x in _local_log_hazard(consortium).items()},
+        ridge=dict(fitted.ridge),
         rounds=max(fitted.fit_rounds.values()),
         max_coefficient_gap=max_coefficient_gap(consortium, fitted),
         cross_fitted=tuple(m for m, encoder in fitted.encoders.items() if encoder.cross_fitted),
@@ -299,11 +304,12 @@ def _one_site(
 
 
 def options(description: str) -> argparse.ArgumentParser:
-    """Command line that both benchmarks share."""
+    """Command line that the benchmarks on real tables share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--folds", type=whole(2), default=5, help="of each repeat")
     parser.add_argument("--repeats", type=whole(1), default=1, help="of the cross-validation")
     parser.add_argument("--seed", type=whole(0), default=0, help="of splits and projections")
+    parser.add_argument("--json", action="store_true", help="the only form there is")
     return parser
 
 

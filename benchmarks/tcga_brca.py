@@ -6,7 +6,9 @@ repeat; with it, models are fitted on the first file and scored on the second.
 
 from __future__ import annotations
 
+import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,14 +33,15 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
 _OUTCOME = ("E", "T")
 _ABOUT = ("region", "pid")
-# The default of every table encoder, stated here because the figures depend on it.
-_RIDGE = 0.1
+_UNNAMED = re.compile(r"(Unnamed: ?\d+)?(\.\d+)?")  # an index that was written along
 
 
 def protocol_of(columns: Sequence[str], *, seed: int) -> StudyProtocol:
-    """Study one clinical modality with all columns, shared as sums.
+    """Study one clinical modality with all columns, shared as sums, with the defaults of a study.
 
     The minimum counts are lowered for public data, as far as five of the six regions need it to
     train; the sixth has two events.
@@ -54,20 +57,36 @@ def protocol_of(columns: Sequence[str], *, seed: int) -> StudyProtocol:
                 "seed": seed,
             },
             "modality": {"clinical": {"kind": "clinical", "numeric": list(columns)}},
-            "encoder": {
-                "clinical": {
-                    **encoder, "max_inputs": len(columns), "ridge": _RIDGE, "min_events": 4,
-                }
-            },
+            "encoder": {"clinical": {**encoder, "max_inputs": len(columns), "min_events": 4}},
             "privacy": {"events": 5, "cell": 5, "patients_per_input": 2},
         }
-    )  # fmt: skip
+    )
 
 
-def read_patients(
-    path: Path, columns: Sequence[str] | None = None
-) -> tuple[Patients, list[str], int]:
-    """Patients of a table, the names of its covariates, and how many have no follow-up.
+@dataclass(frozen=True)
+class Table:
+    """A table as FLamby writes it.
+
+    Attributes
+    ----------
+    patients
+        Those with follow-up.
+    columns
+        Names of the covariates.
+    ids
+        (n,) pseudonym of each patient.
+    without_follow_up
+        How many rows were left out, because nobody is at risk with them at any event.
+    """
+
+    patients: Patients
+    columns: tuple[str, ...]
+    ids: NDArray[np.str_]
+    without_follow_up: int
+
+
+def read_patients(path: Path, columns: Sequence[str] | None = None) -> Table:
+    """Read a table; a column without a name, as an index is written, is no covariate.
 
     Parameters
     ----------
@@ -80,14 +99,14 @@ def read_patients(
         If the file is missing, or is no table with these columns and a number in every cell.
     """
     text = read_text(path, [*_ABOUT, *_OUTCOME, *(columns or ())])
-    names = list(columns or text.columns.drop([*_ABOUT, *_OUTCOME]))
+    others = [x for x in text.columns.drop([*_ABOUT, *_OUTCOME]) if not _UNNAMED.fullmatch(x)]
+    names = list(columns or others)
     table = numbers(text, [*names, *_OUTCOME], source=path.name)
     if not names or table.isna().to_numpy().any() or text["region"].isna().any():
         raise DataError(
             "missing_value",
             f"{path.name}: found no covariate or an empty cell, needed a full table",
         )
-    # Nobody is at risk with them at any event, so that no fit and no pair of patients sees them.
     followed = (table["T"] > 0).to_numpy()
     patients = Patients(
         site=text["region"].to_numpy(dtype=str)[followed],
@@ -95,43 +114,58 @@ def read_patients(
         time=table["T"].to_numpy()[followed],
         tables={"clinical": table[names].to_numpy()[followed]},
     )
-    return patients, names, int((~followed).sum())
+    ids = text["pid"].to_numpy(dtype=str)[followed]
+    return Table(patients, tuple(names), ids, int((~followed).sum()))
 
 
-def with_test_file(patients: Patients, test: Patients) -> tuple[Patients, list[Split]]:
-    """Training patients and those of a second file, in one order, with the split between them."""
+def with_test_file(train: Table, test: Table) -> tuple[Patients, list[Split], int]:
+    """Both files' patients, the split between them, and how many of the test were in training.
+
+    Raises
+    ------
+    DataError
+        If nobody is left to test.
+    """
+    new = ~np.isin(test.ids, train.ids)
+    if not new.any():
+        raise DataError(
+            "overlap", "test file: found only patients of the first file, needed others"
+        )
+    first, second = train.patients, test.patients
     both = Patients(
-        site=np.concatenate([patients.site, test.site]),
-        event=np.concatenate([patients.event, test.event]),
-        time=np.concatenate([patients.time, test.time]),
+        site=np.concatenate([first.site, second.site[new]]),
+        event=np.concatenate([first.event, second.event[new]]),
+        time=np.concatenate([first.time, second.time[new]]),
         tables={
-            name: np.concatenate([table, test.tables[name]])
-            for name, table in patients.tables.items()
+            name: np.concatenate([table, second.tables[name][new]])
+            for name, table in first.tables.items()
         },
     )
-    return both, [Split(0, np.arange(len(both.time)) < len(patients.time))]
+    return both, [Split(0, np.arange(len(both.time)) < len(first.time))], int((~new).sum())
 
 
 def study(arguments: argparse.Namespace) -> Figures:
     """Run the benchmark that the command line asks for."""
-    patients, columns, without_follow_up = read_patients(arguments.table)
+    table = read_patients(arguments.table)
+    patients, excluded = table.patients, {"no follow-up": table.without_follow_up}
     validation: Figures = {"test": "second file"}
     if arguments.test is None:
-        names = ("folds", "repeats", "seed")
-        validation = {"test": "cross-validation"} | {x: getattr(arguments, x) for x in names}
+        chosen = {name: getattr(arguments, name) for name in ("folds", "repeats", "seed")}
+        validation = {"test": "cross-validation", **chosen}
         splits = cross_validation(
             patients, n_folds=arguments.folds, repeats=arguments.repeats, seed=arguments.seed
         )
     else:
-        test, _, more = read_patients(arguments.test, columns)
-        without_follow_up += more
-        patients, splits = with_test_file(patients, test)
-    protocol = protocol_of(columns, seed=arguments.seed)
+        test = read_patients(arguments.test, table.columns)
+        patients, splits, known = with_test_file(table, test)
+        excluded["no follow-up"] += test.without_follow_up
+        excluded["also in the first file"] = known
+    protocol = protocol_of(table.columns, seed=arguments.seed)
     scored = run_splits(patients, protocol, splits)
     return {
         "benchmark": "tcga_brca",
         "validation": validation,
-        "excluded": {"no follow-up": without_follow_up},
+        "excluded": excluded,
         **report(patients, protocol, scored, arms=("federated", "pooled")),
     }
 

@@ -14,7 +14,7 @@ import mlflow.pyfunc
 import numpy as np
 import pandas as pd
 
-from fusion.late import FusionModel
+from fusion.late import FusionModel, read_model
 
 
 class FusionPyfunc(mlflow.pyfunc.PythonModel):
@@ -26,7 +26,7 @@ class FusionPyfunc(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
         """Read the model that was logged, and the study's time grid."""
         text = Path(context.artifacts["fusion"]).read_text(encoding="utf-8")
-        self.model = FusionModel.from_json(text)
+        self.model = read_model(text)
         self.grid_days = tuple(context.model_config["grid_days"])
 
     def predict(

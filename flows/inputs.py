@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flows.shared import shared_networks
+from flows.subgroups import level_codes
 from fusion.encoder_inputs import pool_bags, take
 from fusion.federation import Outcome, SiteRows, Split
+from modalities.clinical import ClinicalSpec
 from modalities.cohort import TRAIN, DataError, rows_of
 from modalities.harmonise import fit_site_scaler
 from modalities.pathology import PathologySpec, read_bag
@@ -64,6 +67,10 @@ class SiteInputs:
         (n,) fold of each patient.
     modalities
         Inputs of each modality that the site has.
+    subgroups
+        Per variable of the protocol, (n,) code of each patient's level; -1 where unknown.
+    treatment
+        (n,) code of each patient's treatment; -1 where unknown, None where none is compared.
     """
 
     site: str
@@ -74,6 +81,8 @@ class SiteInputs:
     train: NDArray[np.bool_]
     folds: NDArray[np.int64]
     modalities: Mapping[str, ModalityInputs]
+    subgroups: Mapping[str, Floats] = field(default_factory=dict)
+    treatment: Floats | None = None
 
     @property
     def trains(self) -> bool:
@@ -143,7 +152,30 @@ def site_inputs(
         train=train,
         folds=folds_of(cohort.obs["fold_unit"].to_numpy(), protocol.fusion.folds),
         modalities=modalities,
+        **_levels(cohort, protocol),
     )
+
+
+def _levels(cohort: MuData, protocol: StudyProtocol) -> dict[str, Any]:
+    """Codes of subgroups and treatment, from the registry's covariates as they were read."""
+    spec = protocol.modality[protocol.clinical]
+    assert isinstance(spec, ClinicalSpec)
+    if protocol.clinical not in cohort.mod:
+        return {}
+    covariates = np.full((cohort.n_obs, len(spec.feature_names)), np.nan)
+    at = rows_of(cohort, protocol.clinical)
+    table = cohort.mod[protocol.clinical][:, list(spec.feature_names)].X
+    covariates[at >= 0] = np.asarray(table, dtype=np.float64)[at[at >= 0]]
+    asked = protocol.evaluation
+    return {
+        "subgroups": {
+            variable: level_codes(spec, covariates, variable, cuts)
+            for variable, cuts in asked.subgroups.items()
+        },
+        "treatment": level_codes(spec, covariates, asked.treatment, ())
+        if asked.treatment
+        else None,
+    }
 
 
 def may_train(event: NDArray[np.bool_], protocol: StudyProtocol) -> bool:
@@ -247,7 +279,14 @@ def site_rows(
             for name, found in local.items()
             if found.encoder is not None
         },
+        networks=shared_networks(inputs, protocol),
+        subgroups={name: _cut(inputs, codes) for name, codes in inputs.subgroups.items()},
+        treatment=None if inputs.treatment is None else _cut(inputs, inputs.treatment),
     )
+
+
+def _cut(inputs: SiteInputs, codes: Floats) -> Split:
+    return Split(codes[inputs.train], codes[~inputs.train])
 
 
 def shared_table(inputs: SiteInputs, modality: str, protocol: StudyProtocol) -> Floats:

@@ -7,10 +7,14 @@ import re
 import tomllib
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from flows.subgroups import level_names
 from fusion.encoder_spec import EncoderSpec, random_projection
-from fusion.federation import LOCAL_ENCODERS, PROTOCOL, FederationPlan
+from fusion.federation import RESERVED_NAMES, AveragingPlan, FederationPlan
+from fusion.late import RIDGES
+from fusion.late.gated import initial_gated_weights
 from fusion.privacy import MinimumCounts
 from modalities.clinical import ClinicalSpec
 from modalities.files import fingerprint
@@ -22,7 +26,6 @@ from modalities.tabular import TabularSpec
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
 ModalitySpec = PathologySpec | RadiologySpec | OmicsSpec | ClinicalSpec | TabularSpec
@@ -83,11 +86,71 @@ class StudySection(_Section):
 class FusionSection(_Section):
     """The late-fusion model."""
 
-    model: Literal["cox"] = Field(
-        default="cox", description="ridge Cox, stratified by site, fitted by federated Newton"
+    model: Literal["cox", "logistic_hazard", "gated"] = Field(
+        default="cox",
+        description="cox: ridge Cox, stratified by site, fitted by federated Newton; "
+        "logistic_hazard: discrete time on the grid, with an intercept per site that stays there; "
+        "gated: a small network that weighs the modalities by which are there, by averaging",
     )
-    ridge: float = Field(default=0.01, ge=0, le=100, description="penalty per patient")
+    ridge: tuple[Annotated[float, Field(ge=0, le=100)], ...] = Field(
+        default=RIDGES,
+        min_length=1,
+        max_length=32,
+        description="penalties per patient, increasing; several are chosen from by the held-out "
+        "partial likelihood of sites, never on test data",
+    )
     folds: int = Field(default=5, ge=2, le=20, description="folds of cross-fitting")
+    hidden: int = Field(default=4, ge=1, le=64, description="hidden units of a gated model")
+    averaging: Literal["fedavg", "fedprox", "fedadam"] = Field(
+        default="fedavg", description="how a gated model's weights are combined"
+    )
+    rounds: int = Field(default=30, ge=1, le=500, description="rounds of averaging, at most")
+    local_steps: int = Field(default=5, ge=1, le=1000, description="steps of a site in a round")
+    learning_rate: float = Field(default=0.05, gt=0, le=10, description="of a local step")
+    proximal: float = Field(default=0.01, ge=0, le=100, description="pull of fedprox")
+
+    @field_validator("ridge", mode="before")
+    @classmethod
+    def _one_or_several(cls, ridge: Any) -> Any:
+        is_number = isinstance(ridge, int | float) and not isinstance(ridge, bool)
+        return (ridge,) if is_number else ridge
+
+    @field_validator("ridge")
+    @classmethod
+    def _ridge_increases(cls, ridge: tuple[float, ...]) -> tuple[float, ...]:
+        if list(ridge) != sorted(set(ridge)):
+            raise ValueError(f"found {list(ridge)}, needed increasing penalties, each once")
+        return ridge
+
+
+class EvaluationSection(_Section):
+    """What is reported of the test patients beyond the standard figures."""
+
+    subgroups: dict[str, tuple[float, ...]] = Field(
+        default_factory=dict,
+        description="clinical column to the bounds between its levels, in its own unit; empty for "
+        "a column whose levels are listed",
+    )
+    treatment: str = Field(
+        default="", description="categorical clinical column whose levels are compared"
+    )
+    thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        default=(0.1, 0.2, 0.3, 0.4, 0.5),
+        max_length=12,
+        description="risks by the horizon at which net benefit is computed, increasing",
+    )
+    leave_one_site_out: bool = Field(
+        default=False,
+        description="repeat the study without each training site and evaluate it there; shows the "
+        "coordinator what each site adds to a sum",
+    )
+
+    @field_validator("thresholds")
+    @classmethod
+    def _thresholds_increase(cls, thresholds: tuple[float, ...]) -> tuple[float, ...]:
+        if list(thresholds) != sorted(set(thresholds)):
+            raise ValueError(f"found {list(thresholds)}, needed increasing risks")
+        return thresholds
 
 
 class FederationSection(_Section):
@@ -114,6 +177,7 @@ class StudyProtocol(_Section):
     modality: dict[str, Annotated[ModalitySpec, Field()]]
     encoder: dict[str, EncoderSpec] = Field(default_factory=dict)
     fusion: FusionSection = FusionSection()
+    evaluation: EvaluationSection = EvaluationSection()
     federation: FederationSection = FederationSection()
     privacy: MinimumCounts = MinimumCounts()
     gates: GateSection = GateSection()
@@ -155,6 +219,8 @@ class StudyProtocol(_Section):
                 raise ValueError(f"encoder.{name}: found no [modality.{name}]")
         for name in self.modality:
             self._check_encoder(name)
+        self._check_evaluation()
+        self._check_weights()
         lowered = self.privacy.lowered()
         if lowered and self.study.data == "patients":
             raise ValueError(
@@ -162,6 +228,33 @@ class StudyProtocol(_Section):
                 "study.data simulated or public only"
             )
         return self
+
+    def _check_evaluation(self) -> None:
+        spec = self.modality[self.clinical]
+        assert isinstance(spec, ClinicalSpec)
+        for variable, cuts in self.evaluation.subgroups.items():
+            try:
+                level_names(spec, variable, cuts)
+            except ValueError as error:
+                raise ValueError(f"evaluation.subgroups.{error}") from None
+        treatment = self.evaluation.treatment
+        if treatment and treatment not in spec.categorical:
+            raise ValueError(
+                f"evaluation.treatment: found {treatment}, needed a categorical column of "
+                f"[modality.{self.clinical}]: {', '.join(sorted(spec.categorical)) or 'none'}"
+            )
+
+    def _check_weights(self) -> None:
+        """Weights of networks tell who was trained on, until they are audited or made private."""
+        sharing = [
+            f"encoder.{x}.sharing" for x, e in self.encoder.items() if e.sharing == "weights"
+        ]
+        shared = [*sharing, *(["fusion.model"] if self.fusion.model == "gated" else [])]
+        if shared and self.study.data == "patients":
+            raise ValueError(
+                f"{shared[0]}: found a network trained by averaging weights, which can tell who "
+                "was trained on; it is for study.data simulated or public only"
+            )
 
     def _check_encoder(self, name: str) -> None:
         spec, encoder = self.modality[name], self.encoder[name]
@@ -180,6 +273,16 @@ class StudyProtocol(_Section):
             raise ValueError(f"encoder.{name}.inputs: found unknown {unknown[0]}{hint}")
         if encoder.sharing == "sums":
             self._check_sums(name, encoder)
+        if encoder.sharing == "weights" and encoder.harmonise == "none":
+            raise ValueError(
+                f"encoder.{name}.harmonise: found none, needed site, because a network's inputs "
+                "must be of one scale at every site"
+            )
+        if encoder.sharing == "weights" and not self.encoder_inputs(name):
+            raise ValueError(
+                f"encoder.{name}.inputs: sharing weights needs the same inputs at every site; name "
+                f"them here or in modality.{name}.columns"
+            )
 
     def _check_sums(self, name: str, encoder: EncoderSpec) -> None:
         n_inputs = len(self.encoder_inputs(name))
@@ -256,13 +359,77 @@ class StudyProtocol(_Section):
             protocol=self.fingerprint(),
             modalities=self.modalities,
             sums=sums,
+            networks=self._networks(),
             encoder_ridge={name: self.encoder[name].ridge for name in sums},
+            l1_ratio={name: self.encoder[name].l1_ratio for name in sums},
+            components=self._components(sums),
+            fusion_model=self.fusion.model,
             fusion_ridge=self.fusion.ridge,
+            gating=self._gating(),
+            gating_hidden=self.fusion.hidden,
             n_folds=self.fusion.folds,
             edges_days=self.study.grid_days,
             horizon_days=self.study.horizon_days,
+            subgroups=self.subgroups(),
+            treatments=self.treatments(),
+            thresholds=self.evaluation.thresholds,
+            leave_one_site_out=self.evaluation.leave_one_site_out,
             minimum=self.privacy,
         )
+
+    def _components(self, sums: dict[str, tuple[str, ...]]) -> dict[str, int]:
+        kept = {name: self.encoder[name].components for name in sums}
+        return {x: k for x, k in kept.items() if k is not None and k < len(sums[x])}
+
+    def _gating(self) -> AveragingPlan | None:
+        if self.fusion.model != "gated":
+            return None
+        return AveragingPlan(
+            start=initial_gated_weights(
+                np.zeros(2 * len(self.modality)), hidden=self.fusion.hidden
+            ),
+            rule=self.fusion.averaging,
+            rounds=self.fusion.rounds,
+            local_steps=self.fusion.local_steps,
+            learning_rate=self.fusion.learning_rate,
+            proximal=self.fusion.proximal if self.fusion.averaging == "fedprox" else 0.0,
+        )
+
+    def _networks(self) -> dict[str, AveragingPlan]:
+        named = [x for x in self.modalities if self.encoder[x].sharing == "weights"]
+        if not named:
+            return {}
+        # Torch takes seconds to import, and only networks need it.
+        from fusion.shared_networks import initial_weights
+
+        found = {}
+        for name in named:
+            spec = self.encoder[name]
+            n_inputs = spec.n_components if spec.reads_tiles else len(self.encoder_inputs(name))
+            found[name] = AveragingPlan(
+                start=initial_weights(spec, n_inputs, seed=self.study.seed),
+                rule=spec.averaging,
+                rounds=spec.rounds,
+                local_steps=spec.local_steps,
+                learning_rate=spec.learning_rate,
+                proximal=spec.proximal if spec.averaging == "fedprox" else 0.0,
+            )
+        return found
+
+    def subgroups(self) -> dict[str, tuple[str, ...]]:
+        """Per variable of the subgroups, the names of its levels."""
+        spec = self.modality[self.clinical]
+        return {
+            variable: level_names(spec, variable, cuts)  # type: ignore[arg-type]
+            for variable, cuts in sorted(self.evaluation.subgroups.items())
+        }
+
+    def treatments(self) -> tuple[str, ...]:
+        """Levels of the treatment; none where no comparison is asked for."""
+        if not self.evaluation.treatment:
+            return ()
+        spec = self.modality[self.clinical]
+        return spec.categorical[self.evaluation.treatment]  # type: ignore[union-attr]
 
 
 def kind_of(spec: ModalitySpec) -> str:
@@ -345,6 +512,7 @@ def _hint(keys: list[str]) -> str:
     section: dict[str, type[BaseModel]] = {
         "study": StudySection, "fusion": FusionSection, "federation": FederationSection,
         "privacy": MinimumCounts, "gates": GateSection, "encoder": EncoderSpec,
+        "evaluation": EvaluationSection,
     }  # fmt: skip
     known: list[str] = (
         list(section[keys[0]].model_fields)
@@ -360,7 +528,7 @@ def _hint(keys: list[str]) -> str:
 def _read_spec(name: str, section: Any) -> Any:
     if isinstance(section, tuple(KINDS.values())):
         return section
-    if not _NAME.fullmatch(name) or name in (PROTOCOL, LOCAL_ENCODERS):
+    if not _NAME.fullmatch(name) or name in RESERVED_NAMES:
         raise ValueError(f"{name}: needed a name of lower-case letters, digits and underscores")
     if not isinstance(section, dict) or section.get("kind") not in list(KINDS):
         found = section.get("kind") if isinstance(section, dict) else section

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flows.protocol import StudyProtocol
     from fusion.evaluation import Estimate
-    from fusion.federation import ArmResult, Fitted
+    from fusion.federation import Fitted, StudyResults
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class StudyRecord:
     run: str
     protocol: StudyProtocol
     fitted: Fitted
-    results: dict[str, ArmResult]
+    results: StudyResults
     code_version: str
     reference: Reference | None = None
     wall_s: dict[str, float] = field(default_factory=dict)

@@ -17,7 +17,8 @@ from flows.records import Reference
 from fusion.encoder_inputs import take
 from fusion.evaluation import NoComparablePairs, PairCounts, concordance_index, pair_counts
 from fusion.federation import LOCAL_ENCODERS, PROTOCOL
-from fusion.late import fit_late_fusion, linear_inputs
+from fusion.discrete import fit_logistic_hazard
+from fusion.late import LogisticHazardModel, fit_late_fusion, linear_inputs
 from fusion.survival import fit_cox, moments
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from flows.protocol import StudyProtocol
     from fusion.evaluation import Estimate
     from fusion.federation import Fitted, SiteStudy
+    from fusion.late import FusionModel
 
     Floats = NDArray[np.float64]
 
@@ -65,7 +67,12 @@ def compare(
     scored = arm_log_hazard(consortium, fitted)
     if true_log_hazard is not None:
         scored["true_hazard"] = {
-            site: np.array([true_log_hazard[site][x] for x in found.patient_ids[~found.train]])
+            site: np.array(
+                [
+                    true_log_hazard[site][x]
+                    for x in found.patient_ids[~found.train][consortium.studies[site].designs.tested]
+                ]
+            )
             for site, found in consortium.inputs.items()
         }
     counts = {arm: _pairs(consortium, by_site) for arm, by_site in scored.items()}
@@ -94,7 +101,7 @@ def arm_log_hazard(consortium: Consortium, fitted: Fitted) -> dict[str, dict[str
 def _pairs(consortium: Consortium, log_hazard: Mapping[str, Floats]) -> dict[str, PairCounts]:
     counts = {}
     for site, scores in log_hazard.items():
-        test = consortium.studies[site].rows.test
+        test = consortium.studies[site].designs.test
         counts[site] = pair_counts(scores, test.event, test.time)
     return counts
 
@@ -125,7 +132,10 @@ def local_log_hazard(consortium: Consortium) -> dict[str, dict[str, Floats]]:
         model = study.own_model()
         if model is not None:
             found[site] = {
-                other: model.predict(_columns_by(consortium, encoders_of=site, patients_of=other))
+                # Who lacks all that the site's own model reads is at its average.
+                other: np.nan_to_num(
+                    model.predict(_columns_by(consortium, encoders_of=site, patients_of=other))
+                )
                 for other in consortium.studies
             }
     return found
@@ -134,13 +144,14 @@ def local_log_hazard(consortium: Consortium) -> dict[str, dict[str, Floats]]:
 def _columns_by(consortium: Consortium, *, encoders_of: str, patients_of: str) -> Floats:
     """(n_test, m) log hazards of one site's encoders on the test patients of another."""
     inputs = consortium.inputs[patients_of]
+    tested = consortium.studies[patients_of].designs.tested
     columns = np.full((int((~inputs.train).sum()), len(consortium.protocol.modalities)), np.nan)
     for column, modality in enumerate(consortium.protocol.modalities):
         trained = consortium.local[encoders_of].get(modality)
         if trained is not None and trained.encoder is not None and modality in inputs.modalities:
             scores = trained.encoder.log_hazard(inputs.modalities[modality].values)
             columns[:, column] = inputs.spread(modality, scores).test
-    return columns
+    return columns[tested]
 
 
 def pooled_log_hazard(consortium: Consortium, fitted: Fitted) -> dict[str, Floats]:
@@ -169,11 +180,12 @@ def pooled_log_hazard(consortium: Consortium, fitted: Fitted) -> dict[str, Float
         np.concatenate([x.time[x.train] for x in trained]),
         modalities=protocol.modalities,
         edges_days=protocol.study.grid_days,
-        ridge=protocol.fusion.ridge,
+        ridge=fitted.ridge[PROTOCOL],
         strata=_labels([len(rows) for rows in train]),
+        model="logistic_hazard" if protocol.fusion.model == "logistic_hazard" else "cox",
     )
     return {
-        site: model.predict(stacked[site][~found.train])
+        site: model.predict(stacked[site][~found.train][consortium.studies[site].designs.tested])
         for site, found in consortium.inputs.items()
     }
 
@@ -264,13 +276,14 @@ def _pooled_linear(consortium: Consortium, fitted: Fitted, modality: str) -> dic
     raw = np.concatenate([tables[s][a] for s, a in zip(pool.sites, pool.at, strict=True)])
     seen = moments(raw)
     x = linear_inputs(raw, seen.mean, seen.scale)
-    ridge = protocol.encoder[modality].ridge
+    axes = consortium.studies[pool.sites[0]].designs.axes.get(modality, np.eye(x.shape[1]))
+    penalty = _penalty(fitted, modality)
 
     def coefficients(rows: NDArray[np.bool_]) -> Floats:
         fit = fit_cox(
-            x[rows], pool.event[rows], pool.time[rows], strata=pool.strata[rows], ridge=ridge
+            x[rows] @ axes, pool.event[rows], pool.time[rows], strata=pool.strata[rows], **penalty
         )
-        return fit.candidate
+        return np.asarray(axes @ fit.candidate)
 
     everyone = np.ones(len(x), dtype=bool)
     refitted = coefficients(everyone)
@@ -283,43 +296,99 @@ def _pooled_linear(consortium: Consortium, fitted: Fitted, modality: str) -> dic
     return _spread(consortium, modality, pool, every=every, oof=oof)
 
 
+def _penalty(fitted: Fitted, modality: str) -> dict[str, float]:
+    ridge, share = fitted.ridge[modality], fitted.plan.l1_ratio.get(modality, 0.0)
+    return {"ridge": ridge * (1.0 - share), "l1": ridge * share}
+
+
 def max_coefficient_gap(consortium: Consortium, fitted: Fitted) -> float:
-    """Largest difference between federated coefficients and lifelines' on the pooled rows.
+    """Largest difference between federated coefficients and those of a fit to the pooled rows.
 
-    Compares every fusion arm and every encoder fitted from sums, each with its ridge and strata.
+    Compares every fusion arm and every encoder fitted from sums, each with its penalty and strata.
+    Cox models with a ridge are compared with lifelines'; it has no exact elastic net and no
+    discrete-time model, so that those are compared with our own fit of the pooled rows.
     """
-    protocol = consortium.protocol
-    fits = {
-        arm: (model.coefficients, protocol.fusion.ridge) for arm, model in fitted.models.items()
-    }
+    gaps = [
+        _gap(consortium, arm, _coefficients(model), {"ridge": fitted.ridge[PROTOCOL], "l1": 0.0})
+        for arm, model in fitted.models.items()
+    ]
     for name, encoder in fitted.encoders.items():
-        fits[name] = (encoder.coefficients, protocol.encoder[name].ridge)
-    return max(_gap(consortium, fit, *found) for fit, found in fits.items())
+        contributing = [x for x in consortium.studies.values() if x.contributes(name)]
+        axes = contributing[0].designs.axes.get(name)
+        beta = encoder.coefficients if axes is None else axes.T @ encoder.coefficients
+        gaps.append(_gap(consortium, name, beta, _penalty(fitted, name)))
+    return max(gaps)
 
 
-def _gap(consortium: Consortium, fit: str, coefficients: Floats, ridge: float) -> float:
-    from lifelines import CoxPHFitter  # slow to import, and needed for this check only
+def _coefficients(model: FusionModel) -> Floats:
+    if isinstance(model, LogisticHazardModel):
+        return np.concatenate([model.alpha, model.coefficients])
+    return model.coefficients
 
+
+@dataclass(frozen=True)
+class _Pooled:
+    """Inputs and outcome behind a fit, of every site that takes part in it."""
+
+    x: Floats
+    event: NDArray[np.bool_]
+    time: Floats
+    strata: NDArray[np.intp]
+
+
+def _behind(consortium: Consortium, fit: str) -> _Pooled:
     parts = []
-    for label, study in enumerate(consortium.studies.values()):
+    for study in consortium.studies.values():
         taking_part = study.contributes(fit) if fit in study.plan.sums else study.trains
         if taking_part:
-            x, rows = study.design(fit)
-            frame = pd.DataFrame(x, columns=[f"x{i}" for i in range(x.shape[1])])
-            train = study.rows.train
-            parts.append(frame.assign(event=train.event[rows], time=train.time[rows], strata=label))
-    pooled = pd.concat(parts, ignore_index=True)
-    names = [c for c in parts[0].columns if c.startswith("x")]
-    spread = pooled[names].std(ddof=1)
+            parts.append(study.designs.design(fit))
+    return _Pooled(
+        x=np.concatenate([x for x, _ in parts]),
+        event=np.concatenate([outcome.event for _, outcome in parts]),
+        time=np.concatenate([outcome.time for _, outcome in parts]),
+        strata=_labels([len(x) for x, _ in parts]),
+    )
+
+
+def _gap(
+    consortium: Consortium, fit: str, coefficients: Floats, penalty: dict[str, float]
+) -> float:
+    pooled = _behind(consortium, fit)
+    plan = next(iter(consortium.studies.values())).plan
+    if fit in plan.arms and plan.n_baseline:
+        expected = fit_logistic_hazard(
+            pooled.x,
+            pooled.event,
+            pooled.time,
+            edges_days=np.array(plan.edges_days),
+            strata=pooled.strata,
+            ridge=penalty["ridge"],
+        ).candidate
+    elif penalty["l1"] > 0.0:
+        expected = fit_cox(
+            pooled.x, pooled.event, pooled.time, strata=pooled.strata, **penalty
+        ).candidate
+    else:
+        expected = _lifelines(pooled, penalty["ridge"])
+    return float(np.abs(expected - coefficients).max())
+
+
+def _lifelines(pooled: _Pooled, ridge: float) -> Floats:
+    from lifelines import CoxPHFitter  # slow to import, and needed for this check only
+
+    names = [f"x{i}" for i in range(pooled.x.shape[1])]
+    frame = pd.DataFrame(pooled.x, columns=names).assign(
+        event=pooled.event, time=pooled.time, strata=pooled.strata
+    )
+    spread = frame[names].std(ddof=1)
     varying = [c for c in names if spread[c] > 1e-12]
     # lifelines penalises coefficients of inputs that it scales itself; undo its scale.
     model = CoxPHFitter(penalizer=(ridge / spread[varying] ** 2).to_numpy())
     model.fit(
-        pooled[[*varying, "event", "time", "strata"]],
+        frame[[*varying, "event", "time", "strata"]],
         duration_col="time",
         event_col="event",
         strata="strata",
         fit_options={"precision": 1e-14, "max_steps": 100},
     )
-    expected = model.params_.reindex(names).fillna(0.0).to_numpy()
-    return float(np.abs(expected - coefficients).max())
+    return model.params_.reindex(names).fillna(0.0).to_numpy()

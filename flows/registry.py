@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.protocol import kind_of
 from flows.reports import figures, is_external, results_table, to_markdown
-from fusion.federation import LOCAL_ENCODERS, LOCAL_ONLY, PROTOCOL
+from fusion.federation import LOCAL_ENCODERS, LOCAL_ONLY, PERSONALISED, PROTOCOL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +37,7 @@ ARM_KEYS = {
     PROTOCOL: "federated",
     LOCAL_ENCODERS: "federated_local_encoders",
     LOCAL_ONLY: "local_only",
+    PERSONALISED: "personalised",
 }
 _TEMPLATE = Path(__file__).resolve().parents[1] / "mlflow" / "model_card.md.template"
 _RUN_TAG, _DONE_TAG = "consilium.run", "consilium.complete"
@@ -335,7 +336,7 @@ def _params(record: StudyRecord) -> dict[str, str]:
     """Flatten the protocol's settings; extractors' specs are in the artifact ``protocol.json``."""
     protocol = record.protocol
     found: dict[str, Any] = {}
-    for section in ("study", "fusion", "federation", "privacy", "gates"):
+    for section in ("study", "fusion", "federation", "evaluation", "privacy", "gates"):
         values = getattr(protocol, section).model_dump(mode="json")
         found |= {f"{section}.{key}": value for key, value in values.items()}
     for name in protocol.modalities:
@@ -350,6 +351,8 @@ def _params(record: StudyRecord) -> dict[str, str]:
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_text(part)}" for key, part in value.items())
     return ", ".join(map(_text, value)) if isinstance(value, list) else str(value)
 
 
@@ -418,6 +421,11 @@ def _metrics(record: StudyRecord, *, run_id: str, model_id: str, timestamp_ms: i
     return [metric for metric in metrics if math.isfinite(metric.value)]
 
 
+def arm_key(arm: str) -> str:
+    """Name of an arm in metrics and tags."""
+    return ARM_KEYS.get(arm, arm.replace(".", "_"))
+
+
 def _consortium_values(record: StudyRecord) -> dict[str, float]:
     fitted = record.fitted
     found = {
@@ -430,17 +438,24 @@ def _consortium_values(record: StudyRecord) -> dict[str, float]:
         "bytes_received": float(sum(r.bytes_received for r in fitted.rounds)),
         "federation_seconds": sum(r.seconds for r in fitted.rounds),
     }
-    for arm, result in record.results.items():
+    for arm, result in record.results.arms.items():
         scores = {
             "concordance": result.concordance,
             "uno_concordance": result.uno,
+            "time_dependent_auc": result.auc,
+            "concordance_difference": result.difference,
+            "observed_expected": result.observed_expected,
+            "calibration_slope": result.calibration_slope,
             "integrated_brier_score": result.brier,
             "integrated_brier_score_null": result.null_brier,
         }
         for name, estimate in scores.items():
-            found |= _with_interval(f"{ARM_KEYS[arm]}/{name}", estimate)
+            found |= _with_interval(f"{arm_key(arm)}/{name}", estimate)
         if result.log_rank is not None:
-            found[f"{ARM_KEYS[arm]}/log_rank_p"] = result.log_rank.p_value
+            found[f"{arm_key(arm)}/log_rank_p"] = result.log_rank.p_value
+    found |= _with_interval("leave_one_site_out/concordance", record.results.left_out_pooled)
+    for name, ridge in fitted.ridge.items():
+        found[f"ridge/{name}"] = ridge
     return found
 
 
@@ -459,10 +474,10 @@ def _reference_values(record: StudyRecord) -> dict[str, float]:
 
 def _site_values(record: StudyRecord) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
-    for arm, result in record.results.items():
+    for arm, result in record.results.arms.items():
         for site, estimate in result.by_site.items():
             values = found.setdefault(site, {})
-            values |= _with_interval(f"{ARM_KEYS[arm]}/concordance", estimate)
+            values |= _with_interval(f"{arm_key(arm)}/concordance", estimate)
     return found
 
 
@@ -479,6 +494,8 @@ def _save_artifacts(folder: Path, record: StudyRecord, card: str) -> None:
     (folder / "results.md").write_text(table, encoding="utf-8")
     encoders = {name: encoder.to_dict() for name, encoder in record.fitted.encoders.items()}
     _write_json(folder / "encoders.json", encoders)
+    networks = {name: weights.tolist() for name, weights in record.fitted.networks.items()}
+    _write_json(folder / "networks.json", networks)
     _write_json(folder / "protocol.json", record.protocol.values())
     for name, figure in figures(record).items():
         figure.savefig(folder / "figures" / f"{name}.png", dpi=120)

@@ -13,6 +13,7 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.inputs import keyed_digest, site_rows
+from flows.patients import patient_table, write_patient_table
 from flows.progress import RoundProgress
 from flows.protocol import load_protocol
 from flows.records import StudyRecord
@@ -23,7 +24,14 @@ from flows.sealed import log_to, may_pass, note, sealed
 from flows.site import COHORT, load_encoders, load_inputs
 from flows.summary import Stopwatch, summarise_record
 from flows.versions import git_commit, source_digest
-from fusion.federation import Coordinator, InProcess, SiteStudy, summarise
+from fusion.federation import (
+    PROTOCOL,
+    Coordinator,
+    InProcess,
+    SiteStudy,
+    leave_one_site_out,
+    summarise,
+)
 from infra.settings import Workspace
 from modalities.cohort import read_cohort_digest
 from modalities.files import fingerprint, replacing
@@ -38,9 +46,7 @@ if TYPE_CHECKING:
     from flows.inputs import LocalEncoder, SiteInputs
     from flows.protocol import StudyProtocol
     from flows.records import Reference
-    from fusion.federation import FederationPlan, Fitted, FusionFit
-    from fusion.late import LinearEncoder
-    from fusion.messages import Evaluation
+    from fusion.federation import Encoders, FederationPlan, Fitted, FusionFit
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,8 @@ def describe_sites(coordinator: Coordinator) -> None:
 
 @task(name="fit-encoders", cache_policy=NO_CACHE, persist_result=False)
 @sealed
-def fit_encoders(coordinator: Coordinator) -> dict[str, LinearEncoder]:
-    """Fit the encoders that the protocol shares as sums."""
+def fit_encoders(coordinator: Coordinator) -> Encoders:
+    """Fit the encoders that the consortium shares."""
     return coordinator.fit_encoders()
 
 
@@ -120,9 +126,34 @@ def fit_fusion(coordinator: Coordinator) -> FusionFit:
 
 @task(name="evaluate-models", cache_policy=NO_CACHE, persist_result=False)
 @sealed
-def evaluate_models(coordinator: Coordinator, fusion: FusionFit) -> dict[str, Evaluation]:
+def evaluate_models(
+    coordinator: Coordinator, encoders: Encoders, fusion: FusionFit
+) -> Fitted:
     """Collect evaluation sums at every site, external ones included."""
-    return coordinator.evaluate(fusion)
+    evaluations = coordinator.evaluate(fusion)
+    slope = coordinator.calibration_slope(tuple(evaluations))
+    return coordinator.fitted(encoders, fusion, evaluations, slope)
+
+
+@task(name="leave-sites-out", cache_policy=NO_CACHE, persist_result=False)
+@sealed
+def leave_sites_out(
+    plan: FederationPlan, studies: Mapping[str, SiteStudy], fitted: Fitted
+) -> dict[tuple[str, ...], Fitted | str]:
+    """Repeat the study without each training site, and evaluate it there."""
+    return leave_one_site_out(plan, InProcess(studies), fitted.sites)
+
+
+@task(name="write-patients", cache_policy=NO_CACHE, persist_result=False)
+@sealed
+def write_patients(consortium: Consortium, fitted: Fitted, workspace: Workspace, run: str) -> None:
+    """Let every site keep what the model says of its own patients, on its own disk."""
+    model = fitted.models[PROTOCOL]
+    for site, study in consortium.studies.items():
+        table = patient_table(
+            consortium.inputs[site], study, model, horizon_days=fitted.plan.horizon_days
+        )
+        write_patient_table(table, workspace.site(site).path("runs", run[:12], "patients.csv"))
 
 
 @task(name="compare-with-truth", cache_policy=NO_CACHE, persist_result=False)
@@ -170,7 +201,12 @@ def run_study(study: str, sites: list[str]) -> StudyOutcome:
     with watch.stage("load"):
         consortium = load_sites(protocol, tuple(sites), plan)
     with watch.stage("federation"), RoundProgress(study) as progress:
-        fitted = _federate(plan, consortium, progress)
+        fitted = _federate(plan, consortium, progress, folder)
+    left_out = None
+    if plan.leave_one_site_out:
+        with watch.stage("leave-one-site-out"):
+            left_out = leave_sites_out(plan, consortium.studies, fitted)
+    write_patients(consortium, fitted, workspace, key)
     reference = None
     if protocol.study.data != "patients":
         with watch.stage("reference"):
@@ -179,7 +215,7 @@ def run_study(study: str, sites: list[str]) -> StudyOutcome:
         run=key,
         protocol=protocol,
         fitted=fitted,
-        results=summarise(fitted, plan),
+        results=summarise(fitted, left_out),
         code_version=git_commit(),
         reference=reference,
         wall_s=dict(watch.wall_s),
@@ -198,13 +234,39 @@ def run_study(study: str, sites: list[str]) -> StudyOutcome:
     return outcome
 
 
-def _federate(plan: FederationPlan, consortium: Consortium, progress: RoundProgress) -> Fitted:
-    coordinator = Coordinator(plan, InProcess(consortium.studies), on_round=progress.advance)
+def _federate(
+    plan: FederationPlan, consortium: Consortium, progress: RoundProgress, folder: Path
+) -> Fitted:
+    coordinator = Coordinator(
+        plan,
+        InProcess(consortium.studies),
+        on_round=progress.advance,
+        checkpoint=RoundFiles(folder / "rounds"),
+    )
     describe_sites(coordinator)
     encoders = fit_encoders(coordinator)
     fusion = fit_fusion(coordinator)
-    evaluations = evaluate_models(coordinator, fusion)
-    return coordinator.fitted(encoders, fusion, evaluations)
+    return evaluate_models(coordinator, encoders, fusion)
+
+
+@dataclass(frozen=True)
+class RoundFiles:
+    """State of networks under training, a file per stage; a killed run goes on from there."""
+
+    folder: Path
+
+    def load(self, stage: str) -> dict[str, dict[str, Any]]:
+        """State of each network of a stage as last saved; empty where there is none."""
+        try:
+            found: dict[str, dict[str, Any]] = json.loads((self.folder / f"{stage}.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found
+
+    def save(self, stage: str, state: dict[str, dict[str, Any]]) -> None:
+        """Keep the state of each network of a stage in place of the last one."""
+        with replacing(self.folder / f"{stage}.json") as temporary:
+            temporary.write_text(json.dumps(state))
 
 
 def _keep(outcome: StudyOutcome, folder: Path) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fusion.survival import Moments
 
 _METADATA_KEY = "consilium_encoder"
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK_TILES = 4096
 
 
@@ -171,24 +171,32 @@ class FittedEncoder:
         What it was trained by.
     preparation
         Learned from its training rows.
-    network
-        In evaluation mode, without gradients, on the CPU.
+    chosen
+        The spec with the hyperparameters that inner folds chose, and one ridge strength.
+    networks
+        One, or an ensemble whose log hazards are averaged; in evaluation mode, without gradients,
+        on the CPU.
     centre, scale
         Mean and standard deviation of the raw log hazards of its training rows.
     n_patients, n_events
         Of the training rows.
     n_steps
         AdamW steps taken after the linear start.
+    history
+        Plain values: which hyperparameters were tried in which order, their losses on inner folds
+        by number of steps, which was chosen, and whether the time budget ended the list early.
     """
 
     spec: EncoderSpec
+    chosen: EncoderSpec
     preparation: Preparation
-    network: Network
+    networks: tuple[Network, ...]
     centre: float
     scale: float
     n_patients: int
     n_events: int
     n_steps: int
+    history: dict[str, Any]
 
     def log_hazard(self, inputs: Inputs) -> Floats:
         """(n,) standardised log hazard; higher is worse, 0 is the mean training patient.
@@ -203,40 +211,46 @@ class FittedEncoder:
         if self.spec.reads_tiles:
             inputs = as_bags(inputs)  # one bag alone must not pass for a table of patients
         with reproducible_torch(), torch.no_grad():
-            raw = raw_log_hazard(self.network, self.preparation, inputs)
+            raw = raw_log_hazard(self.networks, self.preparation, inputs)
         return (raw - self.centre) / self.scale
 
     def attention(self, bags: Bags) -> tuple[Floats, ...]:
-        """(n_tiles,) weights of each bag's tiles, which sum to one.
+        """(n_tiles,) weights of each bag's tiles, which sum to one; an ensemble's mean.
 
         Raises
         ------
         ValueError
             If the model has no attention.
         """
-        network = self.network
-        if not isinstance(network, GatedAttention):
+        networks = [one for one in self.networks if isinstance(one, GatedAttention)]
+        if not networks:
             raise ValueError(f"attention: found model {self.spec.model}, needed gated_attention")
         with reproducible_torch(), torch.no_grad():
             return tuple(
                 weights.double().numpy()
-                for _, weights in _scored_bags(network, self.preparation, bags)
+                for _, weights in _scored_bags(networks, self.preparation, bags)
             )
 
     def to_bytes(self) -> bytes:
         """Safetensors of all weights, with spec and sizes as JSON in the metadata; no code."""
-        tensors = {f"network.{k}": v.numpy() for k, v in self.network.state_dict().items()}
+        tensors = {
+            f"network.{at}.{name}": weights.numpy()
+            for at, network in enumerate(self.networks)
+            for name, weights in network.state_dict().items()
+        }
         tensors |= {"mean": self.preparation.mean, "gain": self.preparation.gain}
         if self.preparation.basis is not None:
             tensors["basis"] = self.preparation.basis
         about = {
             "format": _FORMAT,
             "spec": self.spec.model_dump(mode="json"),
+            "chosen": self.chosen.model_dump(mode="json"),
             "centre": self.centre,
             "scale": self.scale,
             "n_patients": self.n_patients,
             "n_events": self.n_events,
             "n_steps": self.n_steps,
+            "history": self.history,
         }
         contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
         return safetensors_numpy.save(contiguous, metadata={_METADATA_KEY: json.dumps(about)})
@@ -266,13 +280,15 @@ class _About(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    format: Literal[1]
+    format: Literal[2]
     spec: EncoderSpec
+    chosen: EncoderSpec
     centre: float
     scale: float = Field(gt=0.0)
     n_patients: int = Field(ge=0)
     n_events: int = Field(ge=0)
     n_steps: int = Field(ge=0)
+    history: dict[str, Any]
 
 
 def _metadata(data: bytes) -> str:
@@ -293,22 +309,42 @@ def _assemble(about: _About, tensors: dict[str, NDArray[Any]]) -> FittedEncoder:
         raise ValueError("preparation is not in float64")
     if not all(np.isfinite(a).all() for a in (*arrays, *tensors.values())):
         raise ValueError("a weight is not finite")
-    network = build_network(preparation.n_outputs, about.spec, torch.Generator())
-    state = {name.removeprefix("network."): torch.from_numpy(a) for name, a in tensors.items()}
+    networks = tuple(
+        _network(preparation.n_outputs, about.chosen, _member(tensors, at))
+        for at in range(about.chosen.ensemble)
+    )
+    if len(tensors) != sum(len(network.state_dict()) for network in networks):
+        raise ValueError("weights of other networks than the spec's")
+    fields = {name: getattr(about, name) for name in _About.model_fields if name != "format"}
+    return FittedEncoder(preparation=preparation, networks=networks, **fields)
+
+
+def _member(tensors: dict[str, NDArray[Any]], at: int) -> dict[str, torch.Tensor]:
+    prefix = f"network.{at}."
+    return {
+        name.removeprefix(prefix): torch.from_numpy(values)
+        for name, values in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _network(n_inputs: int, spec: EncoderSpec, state: dict[str, torch.Tensor]) -> Network:
+    network = build_network(n_inputs, spec, torch.Generator())
     if any(state[name].dtype != own.dtype for name, own in network.state_dict().items()):
         raise ValueError("network has another dtype")
     network.load_state_dict(state)
-    fields = about.model_dump(exclude={"format", "spec"})
-    return FittedEncoder(about.spec, preparation, frozen(network), **fields)
+    return frozen(network)
 
 
-def raw_log_hazard(network: Network, preparation: Preparation, inputs: Inputs) -> Floats:
-    """(n,) log hazard of the network before centring and scaling."""
-    if isinstance(network, GatedAttention):
-        scored = [hazard for hazard, _ in _scored_bags(network, preparation, inputs)]
+def raw_log_hazard(networks: Sequence[Network], preparation: Preparation, inputs: Inputs) -> Floats:
+    """(n,) mean log hazard of the networks before centring and scaling."""
+    attention = [one for one in networks if isinstance(one, GatedAttention)]
+    if attention:
+        scored = [hazard for hazard, _ in _scored_bags(attention, preparation, inputs)]
         return torch.cat(scored).double().numpy()
     rows = patient_inputs(preparation, inputs)
-    return network(rows.to(network.head.dtype)).double().numpy()
+    each = [network(rows.to(network.head.dtype)) for network in networks]
+    return torch.stack(each).mean(dim=0).double().numpy()
 
 
 def patient_inputs(preparation: Preparation, inputs: Inputs) -> torch.Tensor:
@@ -317,10 +353,12 @@ def patient_inputs(preparation: Preparation, inputs: Inputs) -> torch.Tensor:
 
 
 def _scored_bags(
-    network: GatedAttention, preparation: Preparation, inputs: Inputs
+    networks: Sequence[GatedAttention], preparation: Preparation, inputs: Inputs
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Log hazard (1,) and attention (n_tiles,) of one bag at a time, so that none needs padding."""
     for bag in checked_bags(as_bags(inputs), preparation.n_inputs):
         tiles = preparation(bag).float().unsqueeze(0)
-        hazard, weights = network(tiles, torch.ones(tiles.shape[:2], dtype=torch.bool))
-        yield hazard, weights.squeeze(0)
+        mask = torch.ones(tiles.shape[:2], dtype=torch.bool)
+        each = [network(tiles, mask) for network in networks]
+        hazard = torch.stack([hazard for hazard, _ in each]).mean(dim=0)
+        yield hazard, torch.stack([weights for _, weights in each]).mean(dim=0).squeeze(0)

@@ -44,7 +44,7 @@ Flags = NDArray[np.bool_]
 PerFit = Annotated[Floats, Shape("<f8", ("fits",))]
 PerFitCount = Annotated[Counts, Shape("<i8", ("fits",))]
 PerFitInput = Annotated[Floats, Shape("<f8", ("fits", "inputs"))]
-PerArm = Annotated[Floats, Shape("<f8", ("arms", "values"))]
+PerFitWeight = Annotated[Floats, Shape("<f8", ("fits", "weights"))]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Describe:
     run: str
     protocol: str
     modalities: tuple[str, ...]
+    trains: bool
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ class Description:
     """Site: counts behind each modality after the split, and what it will take part in.
 
     ``contributes`` marks the modalities that pass the site's minimum counts; ``cross_fits`` those
-    whose folds pass too. ``cohort`` is the cohort's digest under the site's own secret.
+    whose folds pass too, ``reduces`` those with enough patients for a PCA of their inputs.
+    ``cohort`` is the cohort's digest under the site's own secret. A site that is asked not to train
+    takes part with all its patients as test rows, as if it had never trained.
     """
 
     cohort: str
@@ -72,6 +75,7 @@ class Description:
     trains: bool
     contributes: Annotated[Flags, Shape("|b1", ("modalities",))]
     cross_fits: Annotated[Flags, Shape("|b1", ("modalities",))]
+    reduces: Annotated[Flags, Shape("|b1", ("modalities",))]
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,35 @@ class SetScaling:
 
 
 @dataclass(frozen=True)
+class AskProducts:
+    """Coordinator: summed products of the scaled inputs of these designs, for a PCA."""
+
+    run: str
+    round: int
+    designs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Products:
+    """Site: products over the training rows, padded with zeros to the widest design."""
+
+    n: PerFit
+    products: Annotated[Floats, Shape("<f8", ("fits", "inputs", "inputs"))]
+
+
+@dataclass(frozen=True)
+class SetComponents:
+    """Coordinator: reduce your scaled inputs by these orthonormal axes, for ever in this run."""
+
+    run: str
+    round: int
+    designs: tuple[str, ...]
+    axes: Annotated[Floats, Shape("<f8", ("fits", "inputs", "components"))]
+
+
+@dataclass(frozen=True)
 class AskSums:
-    """Coordinator: Cox sums of these fits at these coefficients."""
+    """Coordinator: log-likelihood, gradient and information of these fits at these coefficients."""
 
     run: str
     round: int
@@ -115,7 +146,7 @@ class AskSums:
 
 @dataclass(frozen=True)
 class Sums:
-    """Site: sums of every fit asked for, padded with zeros to the widest.
+    """Site: the sums of every fit asked for, padded with zeros to the widest.
 
     Where one patient outweighs the others at these coefficients, the log-likelihood is very low and
     the derivatives are zero, so that a step ending there is halved.
@@ -139,6 +170,39 @@ class SetEncoders:
 
 
 @dataclass(frozen=True)
+class AskUpdates:
+    """Coordinator: train these networks from these weights for as long as the plan says."""
+
+    run: str
+    round: int
+    fits: tuple[str, ...]
+    weights: PerFitWeight
+
+
+@dataclass(frozen=True)
+class Updates:
+    """Site: weights after its steps, padded with zeros, and the loss at those it was given.
+
+    A network whose modality the site does not contribute has no patients behind it.
+    """
+
+    weights: PerFitWeight
+    loss: PerFit
+    n_patients: PerFitCount
+    n_events: PerFitCount
+
+
+@dataclass(frozen=True)
+class SetNetworks:
+    """Coordinator: the consortium's networks, one per fit; a site scores its own rows."""
+
+    run: str
+    round: int
+    fits: tuple[str, ...]
+    weights: PerFitWeight
+
+
+@dataclass(frozen=True)
 class AskEdges:
     """Coordinator: say which interior edges of this grid you can release."""
 
@@ -155,13 +219,21 @@ class Edges:
 
 
 @dataclass(frozen=True)
+class SetGrid:
+    """Coordinator: the edges that every site can release; the grid of this run from now on."""
+
+    run: str
+    round: int
+    edges_days: Annotated[Floats, Shape("<f8", ("edges",))]
+
+
+@dataclass(frozen=True)
 class AskIntervals:
     """Coordinator: events and hazard-weighted days per interval for these coefficients."""
 
     run: str
     round: int
     arms: tuple[str, ...]
-    edges_days: Annotated[Floats, Shape("<f8", ("edges",))]
     coefficients: Annotated[Floats, Shape("<f8", ("arms", "inputs"))]
 
 
@@ -182,38 +254,50 @@ class Intervals:
 class AskEvaluation:
     """Coordinator: evaluate these fitted arms on your test rows.
 
-    ``coefficients`` and ``hazard_per_day`` define each arm's model; ``groups`` are the cut points
-    of the log hazard between risk groups, ``horizon_days`` the time of calibration.
+    ``coefficients`` and ``baseline`` (per interval a hazard per day, or the log odds of a discrete
+    model) define each arm's model; ``groups`` are the cut points of the log hazard between risk
+    groups. ``between_site_variance`` says how far each coefficient differs between sites, for a
+    site that shrinks its own coefficients toward the consortium's.
     """
 
     run: str
     round: int
     arms: tuple[str, ...]
-    edges_days: Annotated[Floats, Shape("<f8", ("edges",))]
     coefficients: Annotated[Floats, Shape("<f8", ("arms", "inputs"))]
-    hazard_per_day: Annotated[Floats, Shape("<f8", ("arms", "edges"))]
+    baseline: Annotated[Floats, Shape("<f8", ("arms", "edges"))]
     groups: Annotated[Floats, Shape("<f8", ("arms", "cuts"))]
-    horizon_days: float
+    between_site_variance: Annotated[Floats, Shape("<f8", ("inputs",))]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Site: evaluation sums per arm, in the order asked.
+    """Site: evaluation sums, a row of zeros for whatever it cannot or may not tell.
 
-    ``pairs`` and ``uno`` hold :class:`fusion.evaluation.PairCounts`, with a further row for the
-    site's own model where it has one; ``brier`` the Brier sums averaged over the grid, the last row
-    those of the site's Kaplan-Meier curve; ``life_table`` and ``calibration`` the tables by risk
-    group, each flattened. A table with a small cell crosses as zeros, and so does one whose groups
-    differ from another arm's by a few patients.
+    ``pairs``, ``uno`` and ``auc`` hold :class:`fusion.evaluation.PairCounts` of the arms, then of
+    the site's own model and of the personalised one; ``cross`` what compares each with the first
+    arm on the same pairs; ``alone`` the pairs of each modality's own log hazard. ``brier``,
+    ``life_table``, ``calibration`` and ``observed_expected`` are of the main arms, Brier sums
+    averaged over the grid, their last row those of the site's Kaplan-Meier curve. The rest is of
+    the first arm: by level of the subgroups, by threshold, by risk group and treatment. A table
+    with a small cell crosses as zeros, and so does one whose groups differ from another arm's by a
+    few patients.
     """
 
     n_test: int
     n_test_events: int
     pairs: Annotated[Floats, Shape("<f8", ("scored", "pair_sums"))]
     uno: Annotated[Floats, Shape("<f8", ("scored", "pair_sums"))]
+    auc: Annotated[Floats, Shape("<f8", ("scored", "pair_sums"))]
+    cross: Annotated[Floats, Shape("<f8", ("scored",))]
+    alone: Annotated[Floats, Shape("<f8", ("modalities", "pair_sums"))]
     brier: Annotated[Floats, Shape("<f8", ("predicted", "brier_sums"))]
-    life_table: Annotated[Floats, Shape("<f8", ("arms", "life_cells"))]
-    calibration: Annotated[Floats, Shape("<f8", ("arms", "calibration_cells"))]
+    life_table: Annotated[Floats, Shape("<f8", ("main_arms", "life_cells"))]
+    calibration: Annotated[Floats, Shape("<f8", ("main_arms", "calibration_cells"))]
+    observed_expected: Annotated[Floats, Shape("<f8", ("main_arms", "expected_sums"))]
+    subgroup_pairs: Annotated[Floats, Shape("<f8", ("levels", "pair_sums"))]
+    subgroup_expected: Annotated[Floats, Shape("<f8", ("levels", "expected_sums"))]
+    decision: Annotated[Floats, Shape("<f8", ("decision_sums",))]
+    treatment: Annotated[Floats, Shape("<f8", ("treatment_cells",))]
 
 
 @dataclass(frozen=True)
@@ -229,9 +313,9 @@ class Refused:
 
 
 Message = (
-    Describe | Description | AskMoments | DesignMoments | SetScaling | AskSums | Sums
-    | SetEncoders | AskEdges | Edges | AskIntervals | Intervals | AskEvaluation | Evaluation
-    | Done | Refused
+    Describe | Description | AskMoments | DesignMoments | SetScaling | AskProducts | Products
+    | SetComponents | AskSums | Sums | SetEncoders | AskUpdates | Updates | SetNetworks | AskEdges
+    | Edges | SetGrid | AskIntervals | Intervals | AskEvaluation | Evaluation | Done | Refused
 )  # fmt: skip
 _TYPES: Final[dict[str, type]] = {kind.__name__: kind for kind in get_args(Message)}
 _HINTS: Final = {name: get_type_hints(kind, include_extras=True) for name, kind in _TYPES.items()}

@@ -97,7 +97,8 @@ def cox_sums(
 
 def _stratum_sums(x: Floats, event: Bools, time: Floats, beta: Floats) -> LikelihoodSums:
     order = np.argsort(time, kind="stable")
-    x, event, time = x[order], event[order], time[order]
+    # Nor does adding a constant to an input change it; one that never varies is then exactly zero.
+    x, event, time = x[order] - x[order[0]], event[order], time[order]
     log_hazard = x @ beta
     # Adding a constant to every log hazard leaves the partial likelihood as it is.
     shift = log_hazard.max(initial=-np.inf)
@@ -143,25 +144,30 @@ def fit_cox(
     *,
     strata: ArrayLike | None = None,
     ridge: float = 0.0,
+    l1: float = 0.0,
+    start: Floats | None = None,
 ) -> NewtonFit:
-    """Fit a stratified ridge Cox model to rows in one place (a site's own, or a pooled reference).
+    """Fit a stratified, penalised Cox model to rows in one place (a site's own, or pooled).
 
     Parameters
     ----------
     inputs
-        (n, p) covariates, scaled alike so that one ridge suits all.
+        (n, p) covariates, scaled alike so that one penalty suits all.
     event, time, strata
         As in :func:`cox_sums`.
-    ridge
-        Penalty per patient on the mean log-likelihood.
+    ridge, l1
+        Penalties per patient on the mean log-likelihood: half of ``ridge`` times the squared
+        coefficients, and ``l1`` times the absolute ones.
+    start
+        (p,) coefficients to begin from.
 
     Raises
     ------
-    ConvergenceError
+    fusion.newton.ConvergenceError
         If there is no event, or no finite maximum.
     """
     x = np.asarray(inputs, dtype=np.float64)
-    fit = NewtonFit(n_inputs=x.shape[1], ridge=ridge)
+    fit = NewtonFit(n_inputs=x.shape[1], ridge=ridge, l1=l1, start=start)
     while not fit.converged:
         fit.advance(cox_sums(x, event, time, fit.candidate, strata=strata))
     return fit

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +144,9 @@ def test_brca_prints_every_arm(brca: Path, printed: Callable[..., dict[str, Any]
     assert found["sites"]["Canada"]["trains"] is False
     assert found["sites"]["West"]["patients"] == 159
     assert found["local"]["no_local_model"] == ["Canada"]
-    assert found["federated"]["by_site"]["Canada"] is None  # 2 events
+    events = {site: counted["events"] for site, counted in found["sites"].items()}
+    assert found["federated"]["events_by_site"] == events
+    assert found["n_folds"] == 2
     assert [x.split()[0] for x in found["lowered_minimums"]] == [
         "events", "patients_per_input", "cell",
     ]  # fmt: skip
@@ -175,18 +178,75 @@ def test_brca_fits_one_file_and_scores_another(
     found = printed("tcga_brca", train, "--test", test)
     assert found["validation"] == {"test": "second file"}
     assert min(_values(found)) > 0.6
+    for arm in ("federated", "pooled"):
+        assert found[arm]["mean"] == found[arm]["pooled_test"]["value"]
+        assert found[arm]["sd"] is None
+    assert found["n_folds"] == 1
     table.loc[held_out, "E"] = 1 - table.loc[held_out, "E"]
     table[held_out].to_csv(test, index=False)
     other = printed("tcga_brca", train, "--test", test)
     assert other["max_coefficient_gap"] == found["max_coefficient_gap"]
 
 
+def test_an_index_column_and_known_patients_of_a_test_file_do_no_harm(
+    brca: Path, tmp_path: Path, printed: Callable[..., dict[str, Any]]
+) -> None:
+    table = pd.read_csv(brca)
+    held_out = table.index % 4 == 1
+    train, test = tmp_path / "train.csv", tmp_path / "test.csv"
+    table[~held_out].to_csv(train)
+    table[held_out].to_csv(test, index=False)
+    found = printed("tcga_brca", train, "--test", test)
+    again = pd.concat([table[held_out], table[~held_out].tail(5)])
+    again = pd.concat([again, again.head(3).assign(T=0)])
+    again.to_csv(test)
+    other = printed("tcga_brca", train, "--test", test)
+    assert other["federated"] == found["federated"]
+    assert other["excluded"] == {"no follow-up": 1 + 3, "also in the first file": 5}
+
+
+def test_a_small_site_has_its_figure_too(
+    brca: Path, tmp_path: Path, printed: Callable[..., dict[str, Any]]
+) -> None:
+    table = pd.read_csv(brca)
+    at = table.index[table["region"] == "Canada"]
+    table.loc[at[:3], ["E", "T"]] = [[1, 100.0], [1, 200.0], [0, 300.0]]
+    held_out = (table.index % 3 == 0) | (table["region"] == "Canada")
+    train, test = tmp_path / "train.csv", tmp_path / "test.csv"
+    table[~held_out].to_csv(train, index=False)
+    table[held_out].to_csv(test, index=False)
+    arm = printed("tcga_brca", train, "--test", test)["federated"]
+    assert arm["events_by_site"]["Canada"] == 2
+    assert set(arm["by_site"]) == {"Canada", "South", "West"}
+    assert arm["site_mean"] == pytest.approx(np.mean(list(arm["by_site"].values())), abs=1e-5)
+
+
+def test_mean_and_sd_are_over_folds(brca: Path, load: Callable[[str], ModuleType]) -> None:
+    tcga, cross_validation, figures = map(load, ("tcga_brca", "cross_validation", "figures"))
+    table = tcga.read_patients(brca)
+    patients, protocol = table.patients, tcga.protocol_of(table.columns, seed=0)
+    splits = cross_validation.cross_validation(patients, n_folds=3, repeats=1, seed=0)
+    scored = cross_validation.run_splits(patients, protocol, splits)
+    found = figures.report(patients, protocol, scored, arms=["federated"])
+
+    def lifelines(one: Any, log_hazard: np.ndarray) -> float:
+        rows = one.rows
+        return float(concordance_index(patients.time[rows], -log_hazard, patients.event[rows]))
+
+    expected = [lifelines(one, one.arms["federated"]) for one in scored]
+    local = [np.mean([lifelines(one, x) for x in one.local.values()]) for one in scored]
+    for arm, values in (("federated", expected), ("local", local)):
+        assert found[arm]["mean"] == pytest.approx(np.mean(values), abs=2e-6)
+        assert found[arm]["sd"] == pytest.approx(np.std(values, ddof=1), abs=2e-6)
+    assert found["n_folds"] == 3
+
+
 def test_concordance_over_all_pairs_is_that_of_lifelines(
     brca: Path, load: Callable[[str], ModuleType]
 ) -> None:
     tcga, cross_validation, figures = map(load, ("tcga_brca", "cross_validation", "figures"))
-    patients, columns, _ = tcga.read_patients(brca)
-    protocol = tcga.protocol_of(columns, seed=0)
+    table = tcga.read_patients(brca)
+    patients, protocol = table.patients, tcga.protocol_of(table.columns, seed=0)
     splits = cross_validation.cross_validation(patients, n_folds=2, repeats=1, seed=0)
     (scored,) = cross_validation.run_splits(patients, protocol, splits[:1])
     found = figures.report(patients, protocol, [scored], arms=["federated"])
@@ -199,7 +259,7 @@ def test_concordance_over_all_pairs_is_that_of_lifelines(
 def test_folds_hold_everyone_out_once_and_share_out_the_events(
     brca: Path, load: Callable[[str], ModuleType]
 ) -> None:
-    patients = load("tcga_brca").read_patients(brca)[0]
+    patients = load("tcga_brca").read_patients(brca).patients
     splits = load("cross_validation").cross_validation(patients, n_folds=5, repeats=2, seed=3)
     for repeat in (0, 1):
         held_out = np.array([~s.train for s in splits if s.repeat == repeat])
@@ -289,6 +349,63 @@ def test_impossible_options_are_refused(
     with pytest.raises(SystemExit, match="2"):
         load("tcga_brca").main([str(brca), "--folds", "1"])
     assert "found '1', needed a number from 2" in capsys.readouterr().err
+
+
+def test_a_larger_consortium_costs_in_proportion_and_no_patient_is_sent(
+    printed: Callable[..., dict[str, Any]], load: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(load("federation"), "_FEW_PATIENTS", 200)
+    monkeypatch.setattr(load("federation"), "_MANY_PATIENTS", 280)
+    monkeypatch.setattr(load("federation"), "rounds_against_fedavg", lambda **_: {})
+    found = printed(
+        "federation", "--sites", "5,10", "--patients", 200, "--inputs", 12, "--repeats", 1
+    )
+    few, many = found["by_sites"]["5"], found["by_sites"]["10"]
+    assert few["cross_fitted"] == many["cross_fitted"] == []
+    assert few["bytes_to_a_site_and_round"] == pytest.approx(
+        many["bytes_to_a_site_and_round"], rel=0.1
+    )
+    assert found["log_log_slope"]["bytes"] == pytest.approx(1.0, abs=0.15)
+    assert many["max_coefficient_gap"] < 1e-6
+    assert many["share_of_true_concordance"] > 0.95
+    assert many["agreement_with_truth"] > few["agreement_with_truth"] > 0.8
+    counted = found["bytes_by_patients"]
+    assert counted["200"]["bytes_from_a_site_and_round"] == pytest.approx(
+        counted["280"]["bytes_from_a_site_and_round"], rel=0.05
+    )
+
+
+def test_newton_needs_fewer_rounds_than_fedavg(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load("fedavg"), "MAX_ROUNDS", 60)
+    monkeypatch.setattr(load("fedavg"), "LEARNING_RATES", (0.1, 0.3, 0.7))
+    found = load("fedavg").rounds_against_fedavg(seed=0, n_sites=4, n_patients=100, n_inputs=4)
+    newton, fedavg = found["newton"], found["fedavg"]
+    assert newton["1e-06"] <= 5
+    one = [fedavg["1 local epochs"][x]["rounds"] for x in ("0.01", "0.001", "1e-06")]
+    assert one == sorted(one)
+    assert newton["0.001"] < one[1]
+    # Local steps head for each site's own optimum, and stop short of the consortium's.
+    assert fedavg["5 local epochs"]["1e-06"]["rounds"] is None
+    assert fedavg["5 local epochs"]["smallest_gap"] > 1e-6
+
+
+def test_one_epoch_of_fedavg_is_a_step_along_the_pooled_gradient(
+    load: Callable[[str], ModuleType],
+) -> None:
+    fedavg = load("fedavg")
+    sites = fedavg.simulate(3, 40, n_inputs=2, seed=1)
+    (moved,) = islice(fedavg.fedavg(sites, fedavg.LocalSteps(1, 0.5)), 1)
+    per_event = sum(len(s.time) for s in sites) / sum(s.event.sum() for s in sites)
+    at, width = np.zeros(2), 1e-6
+    gradient = [
+        (fedavg.objective(sites, at + width * e) - fedavg.objective(sites, at - width * e))
+        / (2 * width)
+        for e in np.eye(2)
+    ]
+    np.testing.assert_allclose(moved, 0.5 * per_event * np.array(gradient), atol=1e-8)
 
 
 @pytest.mark.slow

@@ -51,9 +51,12 @@ def _fitted(model: str, *, seed: int = 3) -> tuple[FittedEncoder, object]:
     rng = np.random.default_rng(seed)
     event, time = _outcome(rng)
     inputs: object = rng.normal(size=(N_PATIENTS, 6))
+    linear = model in ("linear", "mean_pooling")
     if model in ("gated_attention", "mean_pooling"):
         inputs = _bags(rng)
-    spec = EncoderSpec(model=model, n_components=5, max_steps=10, patience=10)
+    spec = EncoderSpec(
+        model=model, n_components=5, max_steps=10, patience=10, ensemble=1 if linear else 2
+    )
     return fit_encoder(inputs, event, time, spec, seed=seed), inputs
 
 
@@ -63,6 +66,22 @@ def _fitted(model: str, *, seed: int = 3) -> tuple[FittedEncoder, object]:
         {"model": "forest"},
         {"inputs": ("age", "age")},
         {"ridge": -1.0},
+        {"ridge": True},
+        {"ridge": ()},
+        {"ridge": (0.3, 0.1)},
+        {"ridge": (0.1, 0.1)},
+        {"ridge": (0.1, 101.0)},
+        {"l1_ratio": 1.1},
+        {"l1_ratio": 0.5, "model": "mlp"},
+        {"l1_ratio": 0.5, "sharing": "weights"},
+        {"ensemble": 2},
+        {"ensemble": 2, "model": "mlp", "sharing": "weights"},
+        {"ensemble": 21, "model": "mlp"},
+        {"components": 4},
+        {"components": 17, "sharing": "sums"},
+        {"averaging": "median"},
+        {"rounds": 0},
+        {"time_budget_s": 0.0},
         {"ridge": float("nan")},
         {"dropout": 1.0},
         {"min_events": 0},
@@ -73,6 +92,14 @@ def _fitted(model: str, *, seed: int = 3) -> tuple[FittedEncoder, object]:
 def test_spec_refuses_what_cannot_be_trained(fields: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         EncoderSpec(**fields)
+
+
+@pytest.mark.parametrize("ridge", [0.3, [0.3], 1, [0.1, 0.3, 2]])
+def test_one_ridge_or_several_are_a_tuple(ridge: object) -> None:
+    spec = EncoderSpec(ridge=ridge)
+    assert spec.ridge == tuple(float(x) for x in np.atleast_1d(ridge))
+    assert EncoderSpec.model_validate_json(spec.model_dump_json()) == spec
+    assert spec.default_ridge == spec.ridge[len(spec.ridge) // 2]
 
 
 def test_every_field_of_the_spec_is_described() -> None:
@@ -222,7 +249,8 @@ def test_bytes_round_trip(model: str) -> None:
     again = FittedEncoder.from_bytes(data)
     np.testing.assert_array_equal(again.log_hazard(inputs), encoder.log_hazard(inputs))
     assert again.to_bytes() == data
-    assert again.spec == encoder.spec
+    assert (again.spec, again.chosen) == (encoder.spec, encoder.chosen)
+    assert (again.history, again.n_steps) == (encoder.history, encoder.n_steps)
     assert (again.n_patients, again.n_events) == (encoder.n_patients, encoder.n_events)
 
 
@@ -257,10 +285,11 @@ def _with_metadata(data: bytes, **changes: object) -> bytes:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format": 2},
+        {"format": 1},
         {"scale": 0.0},
         {"scale": float("nan")},
-        {"spec": {"model": "mlp"}},
+        {"chosen": {"model": "mlp"}},
+        {"chosen": {"model": "mlp", "ensemble": 3}},
         {"spec": {"model": "linear", "callback": "x"}},
         {"extra": 1},
     ],

@@ -332,6 +332,92 @@ def test_interval_covers_the_true_concordance():
     assert 0.93 <= np.mean([f.low <= truth <= f.high for f in figures]) <= 0.98
 
 
+def two_models(seed, n=100):
+    """Site with log hazards of two models that share much: a, b, event, time."""
+    x, event, time = make_site(seed, n=n)
+    noise = np.random.default_rng(seed + 1000).normal(size=(2, n))
+    return x + 0.5 * noise[0], x + 1.0 * noise[1], event, time
+
+
+def difference(sites):
+    return ev.concordance_difference(
+        [ev.pair_counts(a, event, time) for a, _, event, time in sites],
+        [ev.pair_counts(b, event, time) for _, b, event, time in sites],
+        [ev.pair_cross(*site) for site in sites],
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_error_of_a_difference_over_sites_is_the_jackknife(seed):
+    sites = [two_models(seed * 10 + k, n=60 + 20 * k) for k in range(3)]
+    a, b = ([ev.pair_counts(site[model], *site[2:]) for site in sites] for model in (0, 1))
+    values = []
+    for k, site in enumerate(sites):
+        for keep in ~np.eye(len(site[0]), dtype=bool):
+            parts = [
+                ev.pair_counts(site[model][keep], site[2][keep], site[3][keep]) for model in (0, 1)
+            ]
+            values.append(
+                ev.concordance_index([*a[:k], parts[0], *a[k + 1 :]]).value
+                - ev.concordance_index([*b[:k], parts[1], *b[k + 1 :]]).value
+            )
+    found = difference(sites)
+    assert found.standard_error == pytest.approx(
+        np.sqrt((len(values) - 1) * np.var(values)), rel=0.03
+    )
+    assert found.value == pytest.approx(
+        ev.concordance_index(a).value - ev.concordance_index(b).value
+    )
+    apart = [ev.concordance_index(counts).standard_error for counts in (a, b)]
+    assert found.standard_error < 0.8 * np.hypot(*apart)
+    assert found.high - found.value == pytest.approx(1.959964 * found.standard_error, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_error_of_a_difference_agrees_with_the_bootstrap():
+    sites = [two_models(k, n=100 + 50 * k) for k in range(3)]
+    rng = np.random.default_rng(0)
+
+    def resampled(site):
+        pick = rng.integers(0, len(site[0]), len(site[0]))
+        return tuple(column[pick] for column in site)
+
+    values = [difference([resampled(site) for site in sites]).value for _ in range(1000)]
+    assert difference(sites).standard_error == pytest.approx(np.std(values), rel=0.1)
+
+
+def test_equal_models_do_not_differ():
+    a, _, event, time = two_models(0)
+    found = difference([(a, 2.0 * a - 1.0, event, time)])
+    assert found == ev.Estimate(0.0, 0.0, 0.0, 0.0)
+
+
+@given(rows(), st.integers(0, 100))
+def test_a_difference_turns_its_sign_with_the_models(site, seed):
+    x, event, time = site
+    other = np.random.default_rng(seed).permutation(x)
+    assume(ev.pair_counts(*site).comparable)
+    one, turned = difference([(x, other, event, time)]), difference([(other, x, event, time)])
+    assert one.value == pytest.approx(-turned.value)
+    assert one.standard_error == pytest.approx(turned.standard_error, abs=1e-9)
+
+
+def test_the_cross_sum_is_in_the_unit_of_the_squares():
+    x, _, event, time = two_models(0)
+    assert ev.pair_cross(x, x, event, time) == ev.pair_counts(x, event, time).to_vector()[6]
+    assert ev.pair_cross([], [], [], []) == 0.0
+
+
+def test_a_difference_needs_the_same_patients():
+    a, b, event, time = two_models(0)
+    fewer = ev.pair_counts(b[1:], event[1:], time[1:])
+    with pytest.raises(ValueError, match=r"^counts_b: found other patients"):
+        ev.concordance_difference(ev.pair_counts(a, event, time), fewer, 0.0)
+    nobody = ev.pair_counts([], [], [])
+    with pytest.raises(ev.NoComparablePairs):
+        ev.concordance_difference(nobody, nobody, 0.0)
+
+
 def test_interval_is_symmetric_on_the_logit_scale():
     figure = ev.concordance_index(ev.pair_counts(*make_site(0)))
     logit = lambda p: np.log(p / (1 - p))  # noqa: E731
@@ -673,6 +759,7 @@ BAD = {
         ("log_hazard", lambda a: ev.pair_counts(a, EVENT, TIME), X),
         ("time", lambda a: ev.pair_counts(X, EVENT, a), TIME),
         ("log_hazard", lambda a: ev.uno_pair_counts(a, EVENT, TIME, CURVE, 10.0), X),
+        ("log_hazard_b", lambda a: ev.pair_cross(X, a, EVENT, TIME), X),
         ("time", lambda a: ev.auc_pair_counts(X, EVENT, a, CURVE, 10.0), TIME),
         ("time", lambda a: ev.censoring_curve(EVENT, a), TIME),
         ("group", lambda a: ev.life_table(EVENT, TIME, a, [0, 9], 1), np.zeros(5)),

@@ -26,6 +26,19 @@ from fusion.evaluation.censoring import (
     CensoringCurve,
     censoring_curve,
 )
+from fusion.evaluation.decision import (
+    DecisionSums,
+    NetBenefit,
+    decision_sums,
+    net_benefit,
+    releasable_thresholds,
+)
+from fusion.evaluation.heterogeneity import (
+    Heterogeneity,
+    HomogeneityTest,
+    heterogeneity,
+    likelihood_ratio,
+)
 from fusion.evaluation.life_tables import (
     LifeTable,
     LogRankSums,
@@ -39,8 +52,10 @@ from fusion.evaluation.pairs import (
     NoComparablePairs,
     PairCounts,
     auc_pair_counts,
+    concordance_difference,
     concordance_index,
     pair_counts,
+    pair_cross,
     uno_pair_counts,
 )
 from fusion.evaluation.small_cells import (
@@ -48,9 +63,21 @@ from fusion.evaluation.small_cells import (
     hide_small_cells,
     visible_sites,
 )
+from fusion.evaluation.subgroups import (
+    SubgroupFigures,
+    SubgroupSums,
+    subgroup_figures,
+    subgroup_sums,
+)
 from fusion.evaluation.sums import (
     Estimate,
     Estimates,
+)
+from fusion.evaluation.treatment import (
+    TreatmentComparison,
+    TreatmentSums,
+    treatment_comparison,
+    treatment_sums,
 )
 
 __all__ = [
@@ -58,14 +85,22 @@ __all__ = [
     "Calibration",
     "CalibrationSums",
     "CensoringCurve",
+    "DecisionSums",
     "Estimate",
     "Estimates",
+    "Heterogeneity",
+    "HomogeneityTest",
     "LifeTable",
     "LogRankSums",
     "LogRankTest",
+    "NetBenefit",
     "NoComparablePairs",
     "ObservedExpected",
     "PairCounts",
+    "SubgroupFigures",
+    "SubgroupSums",
+    "TreatmentComparison",
+    "TreatmentSums",
     "auc_pair_counts",
     "brier_score",
     "brier_sums",
@@ -73,17 +108,28 @@ __all__ = [
     "calibration_sums",
     "censoring_curve",
     "complementary_hidden",
+    "concordance_difference",
     "concordance_index",
+    "decision_sums",
+    "heterogeneity",
     "hide_small_cells",
     "integrated_brier_score",
     "life_table",
+    "likelihood_ratio",
     "log_rank_sums",
     "log_rank_test",
+    "net_benefit",
     "null_brier_sums",
     "observed_expected",
     "observed_expected_ratio",
     "pair_counts",
+    "pair_cross",
+    "releasable_thresholds",
+    "subgroup_figures",
+    "subgroup_sums",
     "survival_from_life_table",
+    "treatment_comparison",
+    "treatment_sums",
     "uno_pair_counts",
     "visible_sites",
 ]

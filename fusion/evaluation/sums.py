@@ -145,9 +145,20 @@ def checked_days(values: ArrayLike, name: str) -> Floats:
 
 def checked_groups(group: ArrayLike, shape: tuple[int, ...], n_groups: int) -> Indices:
     """Group numbers from 0, (n,); ValueError for one outside the groups."""
-    found = checked_values(group, "group", shape)
-    if not ((found >= 0) & (found < n_groups) & (found == np.floor(found))).all():
-        raise ValueError(f"group: found a number outside 0 to {n_groups - 1}, needed whole ones")
+    return _whole_numbers(group, "group", shape, lowest=0, highest=n_groups - 1)
+
+
+def checked_levels(values: ArrayLike, name: str, shape: tuple[int, ...], n_levels: int) -> Indices:
+    """Level numbers from 0, -1 where unknown, (n,); ValueError for one outside the levels."""
+    return _whole_numbers(values, name, shape, lowest=-1, highest=n_levels - 1)
+
+
+def _whole_numbers(
+    values: ArrayLike, name: str, shape: tuple[int, ...], *, lowest: int, highest: int
+) -> Indices:
+    found = checked_values(values, name, shape)
+    if not ((found >= lowest) & (found <= highest) & (found == np.floor(found))).all():
+        raise ValueError(f"{name}: found a number outside {lowest} to {highest}, needed whole ones")
     return found.astype(np.intp)
 
 

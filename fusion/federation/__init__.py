@@ -4,39 +4,66 @@ The messages are bytes on every transport, the in-process one included, so that 
 in a test or a simulation that could not cross between hospitals.
 """
 
+from fusion.federation.conversation import QuorumNotMet, RoundRecord, SiteOutcome
 from fusion.federation.coordinator import (
     Coordinator,
+    Encoders,
     Fitted,
     FusionFit,
-    QuorumNotMet,
-    RoundRecord,
-    SiteOutcome,
+    leave_one_site_out,
     run_federation,
 )
-from fusion.federation.plan import LOCAL_ENCODERS, LOCAL_ONLY, PROTOCOL, FederationPlan
-from fusion.federation.results import ArmResult, summarise
-from fusion.federation.rows import Outcome, SiteRows, Split
+from fusion.federation.plan import (
+    LOCAL_ENCODERS,
+    LOCAL_ONLY,
+    PERSONALISED,
+    PROTOCOL,
+    RESERVED_NAMES,
+    AveragingPlan,
+    FederationPlan,
+    without,
+)
+from fusion.federation.results import (
+    ArmResult,
+    LeftOutSite,
+    StudyResults,
+    SubgroupResult,
+    TreatmentResult,
+    summarise,
+)
+from fusion.federation.rows import Outcome, SharedNetwork, SiteRows, Split
 from fusion.federation.site import SiteStudy
 from fusion.federation.transport import InProcess, Transport
 
 __all__ = [
     "LOCAL_ENCODERS",
     "LOCAL_ONLY",
+    "PERSONALISED",
     "PROTOCOL",
+    "RESERVED_NAMES",
     "ArmResult",
+    "AveragingPlan",
     "Coordinator",
+    "Encoders",
     "FederationPlan",
     "Fitted",
     "FusionFit",
     "InProcess",
+    "LeftOutSite",
     "Outcome",
     "QuorumNotMet",
     "RoundRecord",
+    "SharedNetwork",
     "SiteOutcome",
     "SiteRows",
     "SiteStudy",
     "Split",
+    "StudyResults",
+    "SubgroupResult",
     "Transport",
+    "TreatmentResult",
+    "leave_one_site_out",
     "run_federation",
     "summarise",
+    "without",
 ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusion import messages as m
+from fusion.federation.plan import PROTOCOL
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _PAIR_SUMS = 9
 _LIFE_SUMS = 3
 _CALIBRATION_SUMS = 7
+_EXPECTED_SUMS = 3
+_DECISION_SUMS = 9
 
 
 def is_within(request: m.Message, plan: FederationPlan) -> bool:
@@ -55,70 +58,98 @@ def _scaling(request: m.SetScaling, plan: FederationPlan) -> bool:
     )
 
 
-def _fits(fits: Sequence[str], coefficients: Floats, plan: FederationPlan) -> bool:
-    return _one_of_each(fits, plan.fits) and coefficients.shape[1] == max(
-        plan.n_coefficients(fit) for fit in fits
+def _products(request: m.AskProducts, plan: FederationPlan) -> bool:
+    return _one_of_each(request.designs, tuple(plan.components))
+
+
+def _components(request: m.SetComponents, plan: FederationPlan) -> bool:
+    if not _one_of_each(request.designs, tuple(plan.components)):
+        return False
+    width = max(plan.n_inputs(design) for design in request.designs)
+    return request.axes.shape[1:] == (width, max(plan.components[x] for x in request.designs))
+
+
+def _sums_request(request: m.AskSums, plan: FederationPlan) -> bool:
+    return _one_of_each(request.fits, plan.fits) and request.coefficients.shape[1] == max(
+        plan.n_coefficients(fit) for fit in request.fits
     )
 
 
-def _cox_sums(request: m.AskSums, plan: FederationPlan) -> bool:
-    return _fits(request.fits, request.coefficients, plan)
+def _whole_or_folded(fits: Sequence[str], known: Sequence[str], plan: FederationPlan) -> bool:
+    """Whether each encoder comes with every fold's or with none: a lone one marks its patients."""
+    named = set(fits)
+    if len(named) != len(fits):
+        return False
+    for modality in {fit.partition("/")[0] for fit in named}:
+        folds = set(plan.fold_fits(modality))
+        if not {modality} <= named & set(known) or named & folds not in (set(), folds):
+            return False
+    return named <= {*known, *(x for name in known for x in plan.fold_fits(name))}
 
 
 def _encoders(request: m.SetEncoders, plan: FederationPlan) -> bool:
-    named = set(request.fits)
-    # The encoder of all patients, with every fold's or with none: a lone fold marks its patients.
-    for modality in {fit.partition("/")[0] for fit in named}:
-        folds = set(plan.fold_fits(modality))
-        if not {modality} <= named & set(plan.sums) or named & folds not in (set(), folds):
-            return False
-    return _fits(request.fits, request.coefficients, plan)
+    return _whole_or_folded(request.fits, tuple(plan.sums), plan) and request.coefficients.shape[
+        1
+    ] == max(plan.n_coefficients(fit) for fit in request.fits)
+
+
+def _updates(request: m.AskUpdates, plan: FederationPlan) -> bool:
+    return _one_of_each(request.fits, plan.network_fits) and request.weights.shape[1] == max(
+        plan.n_weights(fit) for fit in request.fits
+    )
+
+
+def _networks(request: m.SetNetworks, plan: FederationPlan) -> bool:
+    known = (*plan.networks, *(x for x in plan.network_fits if x == PROTOCOL))
+    return _whole_or_folded(request.fits, known, plan) and request.weights.shape[1] == max(
+        plan.n_weights(fit) for fit in request.fits
+    )
 
 
 def _edges(request: m.AskEdges, plan: FederationPlan) -> bool:
     return request.edges_days.tolist() == list(plan.edges_days)
 
 
-def _of_grid(edges_days: Floats, plan: FederationPlan) -> bool:
-    edges = edges_days.tolist()
-    return edges == [x for x in plan.edges_days if x in edges] and edges[-1:] == [
-        plan.edges_days[-1]
-    ]
+def _grid(request: m.SetGrid, plan: FederationPlan) -> bool:
+    edges = request.edges_days.tolist()
+    kept = [x for x in plan.edges_days if x in edges]
+    return edges == kept and edges[-1:] == [plan.edges_days[-1]]
 
 
 def _intervals(request: m.AskIntervals, plan: FederationPlan) -> bool:
-    return (
-        request.arms == plan.arms
-        and request.coefficients.shape[1] == plan.n_fusion_inputs
-        and _of_grid(request.edges_days, plan)
-    )
+    return request.arms == plan.arms and request.coefficients.shape[1] == plan.n_fusion_inputs
 
 
 def _evaluation(request: m.AskEvaluation, plan: FederationPlan) -> bool:
     return (
         request.arms == plan.arms
         and request.coefficients.shape[1] == plan.n_fusion_inputs
-        and _of_grid(request.edges_days, plan)
-        and bool((request.hazard_per_day >= 0).all())
+        and request.baseline.shape[1] == len(plan.edges_days)
+        and (plan.n_baseline > 0 or bool((request.baseline >= 0).all()))
         and request.groups.shape[1] == plan.n_risk_groups - 1
         and bool((np.diff(request.groups, axis=1) > 0).all())
-        and request.horizon_days == plan.horizon_days
+        and bool((request.between_site_variance >= 0).all())
     )
 
 
 _REQUESTS: dict[type, Any] = {
     m.AskMoments: _moments,
     m.SetScaling: _scaling,
-    m.AskSums: _cox_sums,
+    m.AskProducts: _products,
+    m.SetComponents: _components,
+    m.AskSums: _sums_request,
     m.SetEncoders: _encoders,
+    m.AskUpdates: _updates,
+    m.SetNetworks: _networks,
     m.AskEdges: _edges,
+    m.SetGrid: _grid,
     m.AskIntervals: _intervals,
     m.AskEvaluation: _evaluation,
 }
 
 
 def _described(request: m.Describe, reply: m.Description, plan: FederationPlan) -> bool:
-    return len(reply.contributes) == len(plan.modalities)
+    return len(reply.contributes) == len(plan.modalities) and (request.trains or not reply.trains)
 
 
 def _design_moments(request: m.AskMoments, reply: m.DesignMoments, plan: FederationPlan) -> bool:
@@ -126,8 +157,20 @@ def _design_moments(request: m.AskMoments, reply: m.DesignMoments, plan: Federat
     return reply.n.shape == shape and bool((reply.n >= 0).all() and (reply.m2 >= 0).all())
 
 
+def _product_sums(request: m.AskProducts, reply: m.Products, plan: FederationPlan) -> bool:
+    width = max(plan.n_inputs(x) for x in request.designs)
+    shape = (len(request.designs), width, width)
+    return reply.products.shape == shape and bool((reply.n >= 0).all())
+
+
 def _sums(request: m.AskSums, reply: m.Sums, plan: FederationPlan) -> bool:
     return reply.gradient.shape == request.coefficients.shape and bool(
+        (reply.n_events >= 0).all() and (reply.n_patients >= reply.n_events).all()
+    )
+
+
+def _updated(request: m.AskUpdates, reply: m.Updates, plan: FederationPlan) -> bool:
+    return reply.weights.shape == request.weights.shape and bool(
         (reply.n_events >= 0).all() and (reply.n_patients >= reply.n_events).all()
     )
 
@@ -137,7 +180,7 @@ def _releasable(request: m.AskEdges, reply: m.Edges, plan: FederationPlan) -> bo
 
 
 def _interval_sums(request: m.AskIntervals, reply: m.Intervals, plan: FederationPlan) -> bool:
-    shape = (len(request.arms), len(request.edges_days))
+    shape = (len(request.arms), len(plan.edges_days))
     if reply.events.shape != shape or reply.risk.shape != (shape[0], 3):
         return False
     sums = (reply.events, reply.exposure, reply.risk[:, [0, 2]])
@@ -145,19 +188,30 @@ def _interval_sums(request: m.AskIntervals, reply: m.Intervals, plan: Federation
 
 
 def _evaluated(request: m.AskEvaluation, reply: m.Evaluation, plan: FederationPlan) -> bool:
-    n_arms, n_edges = len(request.arms), len(request.edges_days)
-    return (
-        reply.pairs.shape in ((n_arms, _PAIR_SUMS), (n_arms + 1, _PAIR_SUMS))
-        and reply.brier.shape == (n_arms + 1, 2 * n_edges + 2)
-        and reply.life_table.shape == (n_arms, plan.n_risk_groups * n_edges * _LIFE_SUMS)
-        and reply.calibration.shape == (n_arms, plan.n_risk_groups * _CALIBRATION_SUMS)
-    )
+    n_edges, n_main, n_groups = len(plan.edges_days), len(plan.main_arms), plan.n_risk_groups
+    n_scored, n_treatments = len(plan.scored), len(plan.treatments)
+    shapes = {
+        "pairs": (n_scored, _PAIR_SUMS),
+        "cross": (n_scored,),
+        "alone": (len(plan.modalities), _PAIR_SUMS),
+        "brier": (n_main + 1, 2 * n_edges + 2),
+        "life_table": (n_main, n_groups * n_edges * _LIFE_SUMS),
+        "calibration": (n_main, n_groups * _CALIBRATION_SUMS),
+        "observed_expected": (n_main, _EXPECTED_SUMS),
+        "subgroup_pairs": (plan.n_levels, _PAIR_SUMS),
+        "subgroup_expected": (plan.n_levels, _EXPECTED_SUMS),
+        "decision": (len(plan.thresholds) * _DECISION_SUMS,),
+        "treatment": (n_groups * n_treatments * (n_edges * _LIFE_SUMS + 3 + n_treatments),),
+    }
+    return all(getattr(reply, name).shape == shape for name, shape in shapes.items())
 
 
 _REPLIES: dict[type, Any] = {
     m.Description: _described,
     m.DesignMoments: _design_moments,
+    m.Products: _product_sums,
     m.Sums: _sums,
+    m.Updates: _updated,
     m.Edges: _releasable,
     m.Intervals: _interval_sums,
     m.Evaluation: _evaluated,

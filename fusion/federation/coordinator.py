@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-import time as clock
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import ndtri
 
 from fusion import messages as m
-from fusion.federation.checks import is_reply_to
-from fusion.federation.plan import PROTOCOL, FederationPlan
-from fusion.late import FusionModel, LinearEncoder, baseline_hazard
-from fusion.newton import LikelihoodSums, NewtonFit
+from fusion.averaging import AveragedFit
+from fusion.encoder_spec import random_projection
+from fusion.evaluation import Estimate, heterogeneity
+from fusion.federation.conversation import (
+    Conversation,
+    QuorumNotMet,
+    RoundRecord,
+    SiteOutcome,
+    add,
+)
+from fusion.federation.fitting import (
+    Fit,
+    choose_ridges,
+    fit_by_averaging,
+    fit_from_sums,
+    stack,
+)
+from fusion.federation.plan import CALIBRATION_SLOPE, PROTOCOL, FederationPlan
+from fusion.late import (
+    CoxModel,
+    GatedModel,
+    LinearEncoder,
+    LogisticHazardModel,
+    baseline_hazard,
+)
+from fusion.late.gated import initial_gated_weights
+from fusion.newton import ConvergenceError, LikelihoodSums, NewtonFit
 from fusion.survival import Moments
 
 if TYPE_CHECKING:
@@ -21,44 +43,34 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from fusion.evaluation import Heterogeneity
+    from fusion.federation.fitting import Checkpoint
+    from fusion.federation.plan import AveragingPlan
     from fusion.federation.transport import Transport
+    from fusion.late import FusionModel
 
     Floats = NDArray[np.float64]
 
-Reply = TypeVar("Reply")
-
-
-class QuorumNotMet(RuntimeError):
-    """Too few sites or patients to fit a consortium's model."""
+_Z = 1.959963984540054
 
 
 @dataclass(frozen=True)
-class RoundRecord:
-    """One round as the coordinator saw it."""
+class Encoders:
+    """The consortium's encoders.
 
-    number: int
-    stage: str
-    n_sites: int
-    n_fits: int
-    objective: float
-    bytes_sent: int
-    bytes_received: int
-    seconds: float
+    Attributes
+    ----------
+    linear
+        Of each modality shared as sums.
+    networks
+        Flat weights of each modality's network.
+    ridge
+        Penalty per patient of each linear encoder.
+    """
 
-
-@dataclass(frozen=True)
-class SiteOutcome:
-    """How one site took part: its counts, and why it did not where it did not."""
-
-    site: str
-    cohort: str = ""
-    n_train: int = 0
-    n_train_events: int = 0
-    n_test: int = 0
-    n_test_events: int = 0
-    trains: bool = False
-    contributes: tuple[str, ...] = ()
-    code: str = ""
+    linear: dict[str, LinearEncoder] = field(default_factory=dict)
+    networks: dict[str, Floats] = field(default_factory=dict)
+    ridge: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,14 +83,20 @@ class FusionFit:
         Per arm.
     groups
         Per arm, the cuts of the log hazard between risk groups.
+    heterogeneity
+        Of the coefficients of the protocol's inputs between sites.
     n_patients, n_events
         Behind the protocol arm's fit.
+    ridge
+        Its penalty per patient.
     """
 
     models: dict[str, FusionModel]
     groups: dict[str, tuple[float, ...]]
+    heterogeneity: Heterogeneity
     n_patients: int
     n_events: int
+    ridge: float
 
 
 @dataclass(frozen=True)
@@ -87,28 +105,40 @@ class Fitted:
 
     Attributes
     ----------
+    plan
+        With the grid that the run agreed on.
     models
         One fusion model per arm.
     encoders
         The consortium's linear encoder of each modality shared as sums.
+    networks
+        Flat weights of each network shared by averaging.
     evaluations
         Per site that could release one, its evaluation sums.
+    calibration_slope
+        Of the protocol's arm, on the test patients of all sites.
     fit_rounds
         Per fit, how many sums it took to converge.
+    ridge
+        Penalty per patient of each linear encoder, and of the fusion model as ``protocol``.
     """
 
+    plan: FederationPlan
     sites: tuple[SiteOutcome, ...]
     models: dict[str, FusionModel]
     encoders: dict[str, LinearEncoder]
+    networks: dict[str, Floats]
     groups: dict[str, tuple[float, ...]]
+    heterogeneity: Heterogeneity
     evaluations: dict[str, m.Evaluation]
+    calibration_slope: Estimate | None
     fit_rounds: dict[str, int]
+    ridge: dict[str, float]
     rounds: tuple[RoundRecord, ...]
     n_patients: int
     n_events: int
 
 
-@dataclass
 class Coordinator:
     """Runs one study over a transport, stage by stage.
 
@@ -120,248 +150,157 @@ class Coordinator:
         How bytes reach the sites.
     on_round
         Called after every round, for progress and tracking.
-
-    Notes
-    -----
-    A site that refuses or cannot be reached leaves the roster with its code and the run goes on
-    without it; fits under way keep their coefficients and start over from them, because other
-    patients now stand behind their objective.
+    left_out
+        Sites that take part as if they had never trained.
+    checkpoint
+        Where the state of networks under training is kept.
     """
 
-    plan: FederationPlan
-    transport: Transport
-    on_round: Callable[[RoundRecord], None] | None = None
-    rounds: list[RoundRecord] = field(default_factory=list)
-    outcomes: dict[str, SiteOutcome] = field(default_factory=dict)
-    fit_rounds: dict[str, int] = field(default_factory=dict)
-    _cross_fits: dict[str, bool] = field(default_factory=dict)
+    def __init__(
+        self,
+        plan: FederationPlan,
+        transport: Transport,
+        *,
+        on_round: Callable[[RoundRecord], None] | None = None,
+        left_out: frozenset[str] = frozenset(),
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.talk = Conversation(plan, transport, on_round, left_out)
+        self.fit_rounds: dict[str, int] = {}
+        self._checkpoint = checkpoint
 
     @property
-    def roster(self) -> tuple[str, ...]:
-        """Sites that train, in a fixed order."""
-        return tuple(s for s, o in self.outcomes.items() if o.trains and not o.code)
-
-    @property
-    def reachable(self) -> tuple[str, ...]:
-        """Sites that train or evaluate."""
-        return tuple(s for s, o in self.outcomes.items() if not o.code)
-
-    def _ask(
-        self, request: m.Message, expected: type[Reply], sites: Sequence[str], *, stage: str
-    ) -> dict[str, Reply]:
-        payload = m.encode(request)
-        started = clock.perf_counter()
-        raw = self.transport.ask(payload, sites)
-        replies: dict[str, Reply] = {}
-        for site in sites:
-            reply = _read(raw.get(site))
-            if isinstance(reply, expected) and is_reply_to(request, reply, self.plan):
-                replies[site] = reply
-            else:
-                self._drop(site, reply)
-        self.rounds.append(
-            RoundRecord(
-                number=len(self.rounds) + 1,
-                stage=stage,
-                n_sites=len(replies),
-                n_fits=len(getattr(request, "fits", ())),
-                objective=float("nan"),
-                bytes_sent=len(payload) * len(sites),
-                bytes_received=sum(map(len, raw.values())),
-                seconds=clock.perf_counter() - started,
-            )
-        )
-        return replies
-
-    def _drop(self, site: str, reply: object) -> None:
-        code = reply.code if isinstance(reply, m.Refused) else "unexpected_reply"
-        known = self.outcomes.get(site, SiteOutcome(site))
-        self.outcomes[site] = SiteOutcome(**{**known.__dict__, "code": code})
-
-    def _round_done(self, objective: float = float("nan")) -> None:
-        last = self.rounds[-1]
-        self.rounds[-1] = RoundRecord(**{**last.__dict__, "objective": objective})
-        if self.on_round is not None:
-            self.on_round(self.rounds[-1])
-
-    @property
-    def _number(self) -> int:
-        return len(self.rounds) + 1
+    def plan(self) -> FederationPlan:
+        """What every party approved, on the grid that the run agreed on."""
+        return self.talk.plan
 
     def describe(self) -> None:
-        """Learn which sites take part, with which modalities.
+        """Learn which sites take part, with which modalities; see :meth:`Conversation.describe`."""
+        self.talk.describe()
 
-        Raises
-        ------
-        QuorumNotMet
-            With fewer than two sites, no site above its minimum counts, or too few patients.
-        """
-        sites = self.transport.sites
-        if len(sites) < 2:
-            raise QuorumNotMet(
-                f"sites: found {len(sites)}, needed at least 2; one site has nothing to federate"
-            )
-        request = m.Describe(self.plan.run, self.plan.protocol, self.plan.modalities)
-        replies = self._ask(request, m.Description, sites, stage="describe")
-        for site, reply in replies.items():
-            self.outcomes[site] = SiteOutcome(
-                site=site,
-                cohort=reply.cohort,
-                n_train=reply.n_train,
-                n_train_events=reply.n_train_events,
-                n_test=reply.n_test,
-                n_test_events=reply.n_test_events,
-                trains=reply.trains,
-                contributes=self._named(reply.contributes),
-            )
-        self.outcomes = {s: self.outcomes[s] for s in sites}
-        self._round_done()
-        self._require_quorum()
-        for modality in self.plan.sums:
-            at = self.plan.modalities.index(modality)
-            taking_part = [r for r in replies.values() if r.trains and r.contributes[at]]
-            self._cross_fits[modality] = bool(taking_part) and all(
-                r.cross_fits[at] for r in taking_part
-            )
+    def _fit(self, fits: Mapping[str, Fit], *, stage: str) -> None:
+        fit_from_sums(self.talk, fits, stage=stage)
+        self.fit_rounds |= {n: fit.newton.rounds for n, fit in fits.items() if fit.newton.converged}
 
-    def _named(self, flags: NDArray[np.bool_]) -> tuple[str, ...]:
-        return tuple(x for x, flag in zip(self.plan.modalities, flags, strict=True) if flag)
-
-    def _require_quorum(self) -> None:
-        minimum = self.plan.minimum
-        if not self.roster:
-            raise QuorumNotMet(
-                f"training sites: found none above the minimum of {minimum.patients} patients and "
-                f"{minimum.events} events after the split; add patients or sites"
-            )
-        total = sum(self.outcomes[s].n_train for s in self.roster)
-        if total < minimum.pooled_patients:
-            raise QuorumNotMet(
-                f"training patients: found {total} over {len(self.roster)} sites, needed "
-                f"{minimum.pooled_patients}; add patients or sites"
-            )
-
-    def scale(self, designs: Sequence[str], *, stage: str) -> dict[str, tuple[Floats, Floats]]:
-        """Agree on mean and standard deviation of each design's inputs, once for the run.
-
-        Returns
-        -------
-        dict
-            Per design its (p,) mean and (p,) scale over the present training values of all sites.
-        """
-        ask = m.AskMoments(self.plan.run, self._number, tuple(designs))
-        replies = self._ask(ask, m.DesignMoments, self.roster, stage=stage)
-        self._round_done()
-        self._require_quorum()
-        total = _add([Moments(r.n, r.mean, r.m2) for r in replies.values()])
-        tell = m.SetScaling(
-            self.plan.run, self._number, tuple(designs), total.mean, _ones_for_zero(total.scale)
-        )
-        self._ask(tell, m.Done, self.reachable, stage=stage)
-        self._round_done()
-        widths = [self.plan.n_inputs(d) for d in designs]
-        return {
-            design: (tell.mean[row, :p], tell.scale[row, :p])
-            for row, (design, p) in enumerate(zip(designs, widths, strict=True))
-        }
-
-    def fit(self, fits: Mapping[str, NewtonFit], *, stage: str) -> None:
-        """Advance independent Newton fits together, one message a round, until all converged.
-
-        Raises
-        ------
-        QuorumNotMet
-            If every site has left.
-        fusion.survival.ConvergenceError
-            If a fit has no finite maximum.
-
-        Notes
-        -----
-        An encoder whose last site with the modality has left stays unconverged.
-        """
-        while active := {name: fit for name, fit in fits.items() if self._goes_on(name, fit)}:
-            roster = self.roster
-            request = m.AskSums(self.plan.run, self._number, tuple(active), _stack(active.values()))
-            replies = self._ask(request, m.Sums, roster, stage=stage)
-            self._require_quorum()
-            if self.roster != roster:
-                for fit in fits.values():
-                    fit.restart()
-                self._round_done()
-                continue
-            for row, fit in enumerate(active.values()):
-                fit.advance(_add([_row(r, row, fit.n_inputs) for r in replies.values()]))
-            self._round_done(float(np.mean([fit.objective for fit in active.values()])))
-        self.fit_rounds |= {name: fit.rounds for name, fit in fits.items() if fit.converged}
-
-    def _goes_on(self, name: str, fit: NewtonFit) -> bool:
-        """Whether a fit needs more sums, and a site still has the modality."""
-        return not fit.converged and (
-            name in self.plan.arms or name.partition("/")[0] in self._offered
-        )
-
-    @property
-    def _offered(self) -> set[str]:
-        return {x for s in self.roster for x in self.outcomes[s].contributes}
-
-    def fit_encoders(self) -> dict[str, LinearEncoder]:
-        """Fit the consortium's linear encoders, with out-of-fold fits where every site allows.
+    def fit_encoders(self) -> Encoders:
+        """Fit the consortium's encoders, with out-of-fold fits where every site allows.
 
         A modality with no site that may contribute it is left out.
         """
-        modalities = [x for x in self.plan.sums if x in self._offered]
-        if not modalities:
-            return {}
-        scaling = self.scale(modalities, stage="encoder_moments")
-        fits: dict[str, NewtonFit] = {}
-        for modality in modalities:
-            names = (modality, *self._folds_of(modality))
-            for name in names:
-                fits[name] = NewtonFit(
-                    n_inputs=self.plan.n_inputs(modality), ridge=self.plan.encoder_ridge[modality]
-                )
-        self.fit(fits, stage="encoders")
-        modalities = [x for x in modalities if fits[x].converged]
-        fits = {name: fit for name, fit in fits.items() if name.partition("/")[0] in modalities}
-        if not modalities:
-            return {}
-        tell = m.SetEncoders(self.plan.run, self._number, tuple(fits), _stack(fits.values()))
-        self._ask(tell, m.Done, self.reachable, stage="encoders_ready")
-        self._round_done()
-        return {
+        linear, ridge = self._fit_linear()
+        return Encoders(linear, self._train_networks(), ridge)
+
+    def _fit_linear(self) -> tuple[dict[str, LinearEncoder], dict[str, float]]:
+        offered = [x for x in self.plan.sums if x in self.talk.offered]
+        if not offered:
+            return {}, {}
+        scaling = self.talk.scale(offered, stage="encoder_moments")
+        axes = self._reduce([x for x in offered if x in self.plan.components])
+        ridge = choose_ridges(self.talk, offered, self._new_encoder, stage="encoder_ridge")
+        fits = {
+            name: Fit(self._new_encoder(modality, ridge[modality]))
+            for modality in offered
+            for name in (modality, *self._folds_of(modality))
+        }
+        self._fit(fits, stage="encoders")
+        fitted = [x for x in offered if fits[x].newton.converged]
+        found = {n: f.newton for n, f in fits.items() if n.partition("/")[0] in fitted}
+        if not fitted:
+            return {}, {}
+        coefficients = stack([newton.candidate for newton in found.values()])
+        self.talk.tell(
+            m.SetEncoders(self.plan.run, self.talk.number, tuple(found), coefficients),
+            stage="encoders_ready",
+        )
+        encoders = {
             modality: LinearEncoder(
                 modality=modality,
                 inputs=self.plan.sums[modality],
                 mean=scaling[modality][0],
                 scale=scaling[modality][1],
-                coefficients=fits[modality].candidate,
-                cross_fitted=self._cross_fits[modality],
+                coefficients=_unreduced(axes.get(modality), found[modality].candidate),
+                cross_fitted=self.talk.cross_fits[modality],
             )
-            for modality in modalities
+            for modality in fitted
         }
+        return encoders, {x: ridge[x] for x in fitted}
+
+    def _new_encoder(self, modality: str, ridge: float) -> NewtonFit:
+        share = self.plan.l1_ratio.get(modality, 0.0)
+        return NewtonFit(
+            n_inputs=self.plan.n_coefficients(modality), ridge=ridge * (1 - share), l1=ridge * share
+        )
 
     def _folds_of(self, modality: str) -> tuple[str, ...]:
-        return self.plan.fold_fits(modality) if self._cross_fits[modality] else ()
+        return self.plan.fold_fits(modality) if self.talk.cross_fits[modality] else ()
+
+    def _reduce(self, modalities: Sequence[str]) -> dict[str, Floats]:
+        """(p, k) axes of a PCA over all sites, or of a random projection where a site refuses."""
+        if not modalities:
+            return {}
+        allowed = [x for x in modalities if self.talk.reduces[x]]
+        axes = {
+            x: random_projection(self.plan.n_inputs(x), self.plan.components[x], 0)
+            for x in modalities
+        }
+        if allowed:
+            ask = m.AskProducts(self.plan.run, self.talk.number, tuple(allowed))
+            replies = self.talk.ask(ask, m.Products, self.talk.roster, stage="components")
+            self.talk.round_done()
+            self.talk.require_quorum()
+            products = add([r.products for r in replies.values()])
+            for row, x in enumerate(allowed):
+                p = self.plan.n_inputs(x)
+                axes[x] = _principal_axes(products[row, :p, :p], self.plan.components[x])
+        shape = np.array([a.shape for a in axes.values()]).max(axis=0)
+        padded = np.zeros((len(axes), *shape))
+        for row, of in enumerate(axes.values()):
+            padded[row, : of.shape[0], : of.shape[1]] = of
+        self.talk.tell(
+            m.SetComponents(self.plan.run, self.talk.number, tuple(axes), padded),
+            stage="components",
+        )
+        return axes
+
+    def _train_networks(self) -> dict[str, Floats]:
+        offered = [x for x in self.plan.networks if x in self.talk.offered]
+        fits = {
+            name: _averaged(self.plan.networks[x], self.plan.networks[x].start)
+            for x in offered
+            for name in (x, *self._folds_of(x))
+        }
+        if not fits:
+            return {}
+        self._average(fits, stage="networks")
+        self._tell_networks(fits)
+        return {x: fits[x].candidate for x in offered}
+
+    def _average(self, fits: dict[str, AveragedFit], *, stage: str) -> None:
+        fit_by_averaging(self.talk, fits, stage=stage, checkpoint=self._checkpoint)
+
+    def _tell_networks(self, fits: Mapping[str, AveragedFit]) -> None:
+        weights = stack([fit.candidate for fit in fits.values()])
+        self.talk.tell(
+            m.SetNetworks(self.plan.run, self.talk.number, tuple(fits), weights), stage="networks"
+        )
 
     def fit_fusion(self) -> FusionFit:
         """Fit the fusion model of every arm, its baseline hazard and its risk groups."""
+        edges = self.talk.agree_on_grid()
         arms = self.plan.arms
-        scaling = self.scale(arms, stage="fusion_moments")
-        fits = {
-            arm: NewtonFit(n_inputs=self.plan.n_fusion_inputs, ridge=self.plan.fusion_ridge)
-            for arm in arms
-        }
-        self.fit(fits, stage="fusion")
-        edges, hazard, risk = self._baseline(fits)
+        scaling = self.talk.scale(arms, stage="fusion_moments")
+        ridge = choose_ridges(self.talk, [PROTOCOL], self._new_fusion, stage="fusion_ridge")
+        fits = {arm: Fit(self._new_fusion(arm, ridge[PROTOCOL])) for arm in arms}
+        self._fit(fits, stage="fusion")
+        gated = self._train_gates(fits[PROTOCOL].newton.candidate)
+        hazard, risk = self._baseline({arm: self._slopes(fit) for arm, fit in fits.items()})
+        gates = {PROTOCOL: gated}
         models = {
-            arm: FusionModel(
-                modalities=self.plan.modalities,
-                mean=scaling[arm][0],
-                scale=scaling[arm][1],
-                coefficients=fits[arm].candidate,
-                covariance=fits[arm].covariance,
-                edges_days=edges,
-                hazard_per_day=hazard[row],
+            arm: self._model(
+                fits[arm].newton,
+                {"mean": scaling[arm][0], "scale": scaling[arm][1], "edges_days": edges},
+                hazard[row],
+                gates.get(arm),
             )
             for row, arm in enumerate(arms)
         }
@@ -370,65 +309,148 @@ class Coordinator:
             arm: tuple(float(x) for x in risk.mean[row] + cuts * risk.scale[row])
             for row, arm in enumerate(arms)
         }
-        of_protocol = fits[PROTOCOL]
-        return FusionFit(models, groups, of_protocol.n_patients, of_protocol.n_events)
-
-    def _baseline(self, fits: Mapping[str, NewtonFit]) -> tuple[Floats, Floats, Moments]:
-        """Merge the grid until every site passes, then estimate the hazard on it."""
-        grid = np.array(self.plan.edges_days)
-        replies = self._ask(
-            m.AskEdges(self.plan.run, self._number, grid), m.Edges, self.roster, stage="baseline"
+        fit = fits[PROTOCOL]
+        return FusionFit(
+            models=models,
+            groups=groups,
+            heterogeneity=self._heterogeneity(fit),
+            n_patients=fit.newton.n_patients,
+            n_events=fit.newton.n_events,
+            ridge=ridge[PROTOCOL],
         )
-        self._round_done()
-        self._require_quorum()
-        kept = np.logical_and.reduce([r.releasable for r in replies.values()])
-        edges = grid[np.append(kept, True)]
-        ask = m.AskIntervals(self.plan.run, self._number, tuple(fits), edges, _stack(fits.values()))
-        sums = self._ask(ask, m.Intervals, self.roster, stage="baseline")
-        self._round_done()
-        self._require_quorum()
+
+    def _new_fusion(self, arm: str, ridge: float) -> NewtonFit:
+        free = np.zeros(self.plan.n_baseline)
+        penalised = np.full(self.plan.n_fusion_inputs, ridge)
+        return NewtonFit(
+            n_inputs=self.plan.n_coefficients(arm), ridge=np.concatenate([free, penalised])
+        )
+
+    def _slopes(self, fit: Fit) -> Floats:
+        return fit.newton.candidate[self.plan.n_baseline :]
+
+    def _train_gates(self, coefficients: Floats) -> Floats | None:
+        if self.plan.gating is None or self.plan.fusion_model != "gated":
+            return None
+        start = initial_gated_weights(coefficients, hidden=self.plan.gating_hidden)
+        fits = {PROTOCOL: _averaged(self.plan.gating, start)}
+        self._average(fits, stage="gates")
+        self._tell_networks(fits)
+        return fits[PROTOCOL].candidate
+
+    def _model(
+        self, fit: NewtonFit, scaling: dict[str, Floats], hazard: Floats, gates: Floats | None
+    ) -> FusionModel:
+        k = self.plan.n_baseline
+        of_arm: dict[str, Any] = {
+            "modalities": self.plan.modalities,
+            "coefficients": fit.candidate[k:],
+            "covariance": fit.covariance[k:, k:],
+            **scaling,
+        }
+        if k:
+            return LogisticHazardModel(**of_arm, alpha=fit.candidate[:k])
+        if gates is not None:
+            hidden = self.plan.gating_hidden
+            return GatedModel(**of_arm, hazard_per_day=hazard, weights=gates, hidden=hidden)
+        return CoxModel(**of_arm, hazard_per_day=hazard)
+
+    def _heterogeneity(self, fit: Fit) -> Heterogeneity:
+        """Of the inputs' coefficients; the baseline is each site's own matter."""
+        of_sites = list(fit.by_site.values())
+        return heterogeneity(fit.newton.candidate, of_sites, first=self.plan.n_baseline)
+
+    def _baseline(self, coefficients: Mapping[str, Floats]) -> tuple[Floats, Moments]:
+        """(arms, k) hazard per day in each interval, and the moments of each arm's log hazard."""
+        ask = m.AskIntervals(
+            self.plan.run,
+            self.talk.number,
+            tuple(coefficients),
+            np.array(list(coefficients.values())),
+        )
+        sums = self.talk.ask(ask, m.Intervals, self.talk.roster, stage="baseline")
+        self.talk.round_done()
+        self.talk.require_quorum()
         hazard = baseline_hazard(
             sum(r.events for r in sums.values()), sum(r.exposure for r in sums.values())
         )
-        return edges, hazard, _add([Moments(*r.risk.T) for r in sums.values()])
+        return hazard, add([Moments(*r.risk.T) for r in sums.values()])
 
     def evaluate(self, fusion: FusionFit) -> dict[str, m.Evaluation]:
         """Collect evaluation sums on every site's test rows, external sites included."""
         models = fusion.models
-        first = next(iter(models.values()))
         ask = m.AskEvaluation(
             run=self.plan.run,
-            round=self._number,
+            round=self.talk.number,
             arms=tuple(models),
-            edges_days=first.edges_days,
             coefficients=np.array([x.coefficients for x in models.values()]),
-            hazard_per_day=np.array([x.hazard_per_day for x in models.values()]),
+            baseline=np.array([_baseline_of(x) for x in models.values()]),
             groups=np.array([fusion.groups[arm] for arm in models]),
-            horizon_days=float(self.plan.horizon_days),
+            between_site_variance=np.nan_to_num(fusion.heterogeneity.tau_squared, nan=0.0),
         )
-        asked = tuple(s for s in self.reachable if self.outcomes[s].n_test > 0)
-        replies = self._ask(ask, m.Evaluation, asked, stage="evaluation")
-        self._round_done()
+        outcomes = self.talk.outcomes
+        asked = tuple(s for s in self.talk.reachable if outcomes[s].n_test > 0)
+        replies = self.talk.ask(ask, m.Evaluation, asked, stage="evaluation")
+        self.talk.round_done()
         return replies
+
+    def calibration_slope(self, evaluated: Sequence[str]) -> Estimate | None:
+        """Cox model of the test patients on the protocol's log hazard, stratified by site.
+
+        Returns
+        -------
+        Estimate or None
+            Its coefficient, 1 where predictions are neither too extreme nor too alike; None where
+            no site can tell or it has no finite maximum.
+        """
+        fit = NewtonFit(n_inputs=1, start=np.ones(1))
+        try:
+            while not fit.converged:
+                at = fit.candidate[None, :]
+                ask = m.AskSums(self.plan.run, self.talk.number, (CALIBRATION_SLOPE,), at)
+                replies = self.talk.ask(ask, m.Sums, evaluated, stage="calibration")
+                self.talk.round_done()
+                if len(replies) < len(evaluated) or not replies:
+                    return None
+                fit.advance(add([_only(r) for r in replies.values()]))
+        except ConvergenceError:
+            return None
+        value, error = float(fit.candidate[0]), float(np.sqrt(fit.covariance[0, 0]))
+        return Estimate(value, error, value - _Z * error, value + _Z * error)
 
     def fitted(
         self,
-        encoders: dict[str, LinearEncoder],
+        encoders: Encoders,
         fusion: FusionFit,
         evaluations: dict[str, m.Evaluation],
+        calibration_slope: Estimate | None,
     ) -> Fitted:
         """Put together what the run ends with."""
         return Fitted(
-            sites=tuple(self.outcomes.values()),
+            plan=self.plan,
+            sites=tuple(self.talk.outcomes.values()),
             models=fusion.models,
-            encoders=encoders,
+            encoders=encoders.linear,
+            networks=encoders.networks,
             groups=fusion.groups,
+            heterogeneity=fusion.heterogeneity,
             evaluations=evaluations,
+            calibration_slope=calibration_slope,
             fit_rounds=dict(self.fit_rounds),
-            rounds=tuple(self.rounds),
+            ridge=encoders.ridge | {PROTOCOL: fusion.ridge},
+            rounds=tuple(self.talk.rounds),
             n_patients=fusion.n_patients,
             n_events=fusion.n_events,
         )
+
+    def run(self) -> Fitted:
+        """Go through all stages; see :func:`run_federation`."""
+        self.describe()
+        encoders = self.fit_encoders()
+        fusion = self.fit_fusion()
+        evaluations = self.evaluate(fusion)
+        slope = self.calibration_slope(tuple(evaluations))
+        return self.fitted(encoders, fusion, evaluations, slope)
 
 
 def run_federation(
@@ -443,54 +465,70 @@ def run_federation(
     ------
     QuorumNotMet
         If too few sites or patients remain at any stage.
-    fusion.survival.ConvergenceError
+    fusion.newton.ConvergenceError
         If a fit has no finite maximum.
     """
-    coordinator = Coordinator(plan, transport, on_round=on_round)
-    coordinator.describe()
-    encoders = coordinator.fit_encoders()
-    fusion = coordinator.fit_fusion()
-    return coordinator.fitted(encoders, fusion, coordinator.evaluate(fusion))
+    return Coordinator(plan, transport, on_round=on_round).run()
 
 
-SumsT = TypeVar("SumsT", LikelihoodSums, Moments)
+def leave_one_site_out(
+    plan: FederationPlan, transport: Transport, sites: Sequence[SiteOutcome]
+) -> dict[tuple[str, ...], Fitted | str]:
+    """Repeat the study without each training site, and evaluate it there on all of its patients.
+
+    With more training sites than runs, sites are left out in groups.
+
+    Parameters
+    ----------
+    plan
+        Whose approved protocol allows it.
+    sites
+        Of the study's own run.
+
+    Returns
+    -------
+    dict
+        Per group of sites, what was fitted without them, or why nothing was.
+    """
+    training = [s for s in sites if s.trains and not s.code]
+    runs = plan.left_out_runs[: len(training)]
+    groups: list[list[str]] = [[] for _ in runs]
+    for at, site in enumerate(sorted(training, key=lambda s: -s.n_train)):
+        groups[at % len(runs)].append(site.site)
+    found: dict[tuple[str, ...], Fitted | str] = {}
+    for run, group in zip(runs, groups, strict=True):
+        coordinator = Coordinator(plan.left_out_plan(run), transport, left_out=frozenset(group))
+        try:
+            found[tuple(group)] = coordinator.run()
+        except (QuorumNotMet, ConvergenceError) as error:
+            found[tuple(group)] = type(error).__name__
+    return found
 
 
-def _add(parts: Sequence[SumsT]) -> SumsT:
-    # In the roster's order: floating-point sums are then the same in every run.
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-def _read(payload: bytes | None) -> m.Message:
-    if payload is None:
-        return m.Refused("unreachable")
-    try:
-        return m.decode(payload)
-    except m.MessageError:
-        return m.Refused("unreadable_reply")
-
-
-def _row(reply: m.Sums, row: int, p: int) -> LikelihoodSums:
+def _only(reply: m.Sums) -> LikelihoodSums:
     return LikelihoodSums(
-        float(reply.log_likelihood[row]),
-        reply.gradient[row, :p],
-        reply.information[row, :p, :p],
-        int(reply.n_patients[row]),
-        int(reply.n_events[row]),
+        float(reply.log_likelihood[0]),
+        reply.gradient[0],
+        reply.information[0],
+        int(reply.n_patients[0]),
+        int(reply.n_events[0]),
     )
 
 
-def _stack(fits: object) -> Floats:
-    """(fits, p) candidates padded with zeros to the widest."""
-    vectors = [fit.candidate for fit in fits]  # type: ignore[attr-defined]
-    stacked = np.zeros((len(vectors), max(map(len, vectors))))
-    for row, vector in enumerate(vectors):
-        stacked[row, : len(vector)] = vector
-    return stacked
+def _baseline_of(model: FusionModel) -> Floats:
+    return model.alpha if isinstance(model, LogisticHazardModel) else model.hazard_per_day
 
 
-def _ones_for_zero(scale: Floats) -> Floats:
-    return np.where(scale > 0, scale, 1.0)
+def _averaged(plan: AveragingPlan, start: Floats) -> AveragedFit:
+    return AveragedFit(candidate=np.asarray(start), rule=plan.rule, max_rounds=plan.rounds)
+
+
+def _unreduced(axes: Floats | None, coefficients: Floats) -> Floats:
+    return coefficients if axes is None else axes @ coefficients
+
+
+def _principal_axes(products: Floats, k: int) -> Floats:
+    """(p, k) leading eigenvectors, each with its largest entry positive."""
+    axes = np.linalg.eigh(products)[1][:, ::-1][:, :k]
+    largest = axes[np.abs(axes).argmax(axis=0), np.arange(k)]
+    return np.asarray(axes * np.where(largest < 0, -1.0, 1.0))

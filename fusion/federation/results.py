@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fusion.evaluation import (
     BrierSums,
     Calibration,
     CalibrationSums,
+    DecisionSums,
     Estimate,
     Estimates,
     LifeTable,
     LogRankTest,
     NoComparablePairs,
+    ObservedExpected,
     PairCounts,
+    TreatmentSums,
     calibration,
+    concordance_difference,
     concordance_index,
     integrated_brier_score,
     log_rank_sums,
     log_rank_test,
+    net_benefit,
+    observed_expected_ratio,
     survival_from_life_table,
+    treatment_comparison,
 )
-from fusion.federation.plan import LOCAL_ONLY, FederationPlan
+from fusion.federation.plan import PROTOCOL, FederationPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
+    from fusion.evaluation import Heterogeneity, LogRankSums, NetBenefit
     from fusion.federation.coordinator import Fitted
     from fusion.messages import Evaluation
+
+    Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -44,10 +55,21 @@ class ArmResult:
         Harrell's, within site, pooled over comparable pairs; higher is better.
     by_site
         The same for each site that released it.
+    difference
+        Concordance of the protocol's arm less this arm's on the same pairs; None for itself.
     uno
         Uno's concordance up to the horizon.
+    auc
+        Cumulative/dynamic AUC at the horizon.
     brier, null_brier
         Integrated Brier score of the arm, and of each site's Kaplan-Meier curve; lower is better.
+    observed_expected
+        Events by the horizon over those expected: calibration in the large; 1 is calibrated.
+    observed_expected_by_site
+        The same for each site that released it.
+    calibration_slope
+        Log hazard ratio of the arm's log hazard on the test patients, stratified by site; 1 is
+        calibrated, below 1 the predictions are too extreme.
     survival
         (n_groups, n_intervals) Kaplan-Meier survival at the grid's edges, by risk group from low
         to high.
@@ -60,44 +82,151 @@ class ArmResult:
     arm: str
     concordance: Estimate | None
     by_site: dict[str, Estimate]
-    uno: Estimate | None
+    difference: Estimate | None = None
+    uno: Estimate | None = None
+    auc: Estimate | None = None
     brier: Estimate | None = None
     null_brier: Estimate | None = None
+    observed_expected: Estimate | None = None
+    observed_expected_by_site: dict[str, Estimate] = field(default_factory=dict)
+    calibration_slope: Estimate | None = None
     survival: Estimates | None = None
     log_rank: LogRankTest | None = None
     calibration: Calibration | None = None
 
 
-def summarise(fitted: Fitted, plan: FederationPlan) -> dict[str, ArmResult]:
-    """Turn the sums of a run into one result per arm, and one for the sites' own models."""
-    edges = next(iter(fitted.models.values())).edges_days
-    released = fitted.evaluations
-    results = {
-        arm: _arm_result(arm, row, released, edges=edges, plan=plan)
-        for row, arm in enumerate(fitted.models)
-    }
-    n_arms = len(fitted.models)
-    own = {site: e for site, e in released.items() if len(e.pairs) > n_arms}
-    if own:
-        results[LOCAL_ONLY] = ArmResult(
-            arm=LOCAL_ONLY,
-            concordance=_concordance([PairCounts.from_vector(e.pairs[-1]) for e in own.values()]),
-            by_site=_by_site({s: e.pairs[-1] for s, e in own.items()}),
-            uno=_concordance([PairCounts.from_vector(e.uno[-1]) for e in own.values()]),
-        )
-    return results
+@dataclass(frozen=True)
+class SubgroupResult:
+    """The protocol's arm in one level of one variable, over the sites that could release it."""
+
+    variable: str
+    level: str
+    n_patients: int
+    n_events: int
+    concordance: Estimate | None
+    observed_expected: Estimate | None
 
 
-def _arm_result(
-    arm: str,
-    row: int,
-    released: dict[str, Evaluation],
-    *,
-    edges: NDArray[np.float64],
-    plan: FederationPlan,
-) -> ArmResult:
+@dataclass(frozen=True)
+class TreatmentResult:
+    """Treatments compared within one risk group; not randomised, so no causal effect.
+
+    Attributes
+    ----------
+    group
+        Risk group, from 0 for the lowest.
+    survival
+        (n_levels, n_intervals) at the grid's edges.
+    log_rank
+        Test that the treatments do not differ, stratified by site.
+    hazard_ratio
+        (n_levels,) of each level against the first.
+    """
+
+    group: int
+    survival: Estimates | None
+    log_rank: LogRankTest | None
+    hazard_ratio: Estimates | None
+
+
+@dataclass(frozen=True)
+class LeftOutSite:
+    """The study fitted without one site, on all patients of that site: external validity.
+
+    Attributes
+    ----------
+    code
+        Why there is no figure, where there is none.
+    """
+
+    site: str
+    n_patients: int
+    n_events: int
+    concordance: Estimate | None
+    auc: Estimate | None
+    observed_expected: Estimate | None
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """Everything a run says, from released sums.
+
+    Attributes
+    ----------
+    arms
+        Per arm of the plan, and for the sites' own and personalised models.
+    alone
+        Per modality, the concordance of its own log hazard in the protocol's arm.
+    heterogeneity
+        Of the fusion coefficients between sites; log hazards of modalities first, then flags.
+    left_out
+        Leave-one-site-out, in the order of the sites; ``left_out_pooled`` over all of them.
+    ridge
+        Penalty per patient of each encoder in sums, and of the fusion model as ``protocol``.
+    """
+
+    arms: dict[str, ArmResult]
+    alone: dict[str, Estimate | None] = field(default_factory=dict)
+    subgroups: tuple[SubgroupResult, ...] = ()
+    net_benefit: NetBenefit | None = None
+    treatment: tuple[TreatmentResult, ...] = ()
+    heterogeneity: Heterogeneity | None = None
+    left_out: tuple[LeftOutSite, ...] = ()
+    left_out_pooled: Estimate | None = None
+    ridge: dict[str, float] = field(default_factory=dict)
+
+
+def summarise(
+    fitted: Fitted, left_out: Mapping[tuple[str, ...], Fitted | str] | None = None
+) -> StudyResults:
+    """Turn the sums of a run into its figures.
+
+    Parameters
+    ----------
+    left_out
+        What :func:`fusion.federation.leave_one_site_out` found.
+    """
+    plan, released = fitted.plan, fitted.evaluations
+    arms = {arm: _arm_result(arm, fitted) for arm in plan.scored}
+    of_sites, pooled = _left_out(left_out or {})
+    return StudyResults(
+        arms={arm: found for arm, found in arms.items() if found.concordance is not None},
+        alone={
+            modality: _concordance([e.alone[at] for e in released.values()])
+            for at, modality in enumerate(plan.modalities)
+        },
+        subgroups=_subgroups(plan, released),
+        net_benefit=_net_benefit(plan, released),
+        treatment=_treatment(plan, released),
+        heterogeneity=fitted.heterogeneity,
+        left_out=of_sites,
+        left_out_pooled=pooled,
+        ridge=fitted.ridge,
+    )
+
+
+def _arm_result(arm: str, fitted: Fitted) -> ArmResult:
+    plan, row = fitted.plan, fitted.plan.scored.index(arm)
+    released = {s: e for s, e in fitted.evaluations.items() if e.pairs[row].any()}
+    found = ArmResult(
+        arm=arm,
+        concordance=_concordance([e.pairs[row] for e in released.values()]),
+        by_site=_by_site({s: e.pairs[row] for s, e in released.items()}),
+        difference=_difference(row, list(released.values())) if row else None,
+        uno=_concordance([e.uno[row] for e in released.values()]),
+        auc=_concordance([e.auc[row] for e in released.values()]),
+        calibration_slope=fitted.calibration_slope if arm == PROTOCOL else None,
+    )
+    if arm not in plan.main_arms:
+        return found
+    return replace(found, **_tables(row, released, plan))
+
+
+def _tables(row: int, released: dict[str, Evaluation], plan: FederationPlan) -> dict[str, Any]:
+    """Give the figures that only the main arms have."""
+    parts, edges = list(released.values()), np.array(plan.edges_days)
     n_groups, n_times = plan.n_risk_groups, len(edges)
-    parts = list(released.values())
     tables = [
         LifeTable.from_vector(e.life_table[row], n_groups=n_groups, n_intervals=n_times)
         for e in parts
@@ -108,33 +237,144 @@ def _arm_result(
         for e in parts
         if e.calibration[row].any()
     ]
-    return ArmResult(
-        arm=arm,
-        concordance=_concordance([PairCounts.from_vector(e.pairs[row]) for e in parts]),
-        by_site=_by_site({s: e.pairs[row] for s, e in released.items()}),
-        uno=_concordance([PairCounts.from_vector(e.uno[row]) for e in parts]),
-        brier=_brier([e.brier[row] for e in parts], edges),
-        null_brier=_brier([e.brier[-1] for e in parts], edges),
-        survival=survival_from_life_table(tables) if tables else None,
-        log_rank=log_rank_test([log_rank_sums(t) for t in tables]) if tables else None,
-        calibration=calibration(cells) if cells else None,
+    expected = {s: e.observed_expected[row] for s, e in released.items()}
+    by_site = {s: _observed_expected([x]) for s, x in expected.items()}
+    return {
+        "brier": _brier([e.brier[row] for e in parts], edges),
+        "null_brier": _brier([e.brier[-1] for e in parts], edges),
+        "observed_expected": _observed_expected(list(expected.values())),
+        "observed_expected_by_site": {s: x for s, x in by_site.items() if x is not None},
+        "survival": survival_from_life_table(tables) if tables else None,
+        "log_rank": _log_rank([log_rank_sums(t) for t in tables]),
+        "calibration": calibration(cells) if cells else None,
+    }
+
+
+def _difference(row: int, parts: Sequence[Evaluation]) -> Estimate | None:
+    """Concordance of the first arm less that of another, at the sites that tell of both."""
+    both = [e for e in parts if e.pairs[0].any() and e.pairs[row].any()]
+    if not both:
+        return None
+    return concordance_difference(
+        [PairCounts.from_vector(e.pairs[0]) for e in both],
+        [PairCounts.from_vector(e.pairs[row]) for e in both],
+        [float(e.cross[row]) for e in both],
     )
 
 
-def _by_site(vectors: dict[str, NDArray[np.float64]]) -> dict[str, Estimate]:
-    found = {s: _concordance([PairCounts.from_vector(v)]) for s, v in vectors.items()}
+def _by_site(vectors: dict[str, Floats]) -> dict[str, Estimate]:
+    found = {s: _concordance([v]) for s, v in vectors.items()}
     return {site: estimate for site, estimate in found.items() if estimate is not None}
 
 
-def _concordance(counts: Sequence[PairCounts]) -> Estimate | None:
+def _concordance(vectors: Sequence[Floats]) -> Estimate | None:
+    counts = [PairCounts.from_vector(v) for v in vectors if v.any()]
     try:
         return concordance_index(counts) if counts else None
     except NoComparablePairs:
         return None
 
 
-def _brier(vectors: Sequence[NDArray[np.float64]], edges: NDArray[np.float64]) -> Estimate | None:
-    sums = [BrierSums.from_vector(v, n_times=len(edges)) for v in vectors]
+def _observed_expected(vectors: Sequence[Floats]) -> Estimate | None:
+    sums = [ObservedExpected.from_vector(v) for v in vectors if v.any()]
+    if not sum(s.expected for s in sums) > 0.0:
+        return None
+    return observed_expected_ratio(sums)
+
+
+def _log_rank(sums: Sequence[LogRankSums]) -> LogRankTest | None:
+    try:
+        return log_rank_test(sums) if sums else None
+    except ValueError:  # no event while two groups are at risk
+        return None
+
+
+def _brier(vectors: Sequence[Floats], edges: Floats) -> Estimate | None:
+    sums = [BrierSums.from_vector(v, n_times=len(edges)) for v in vectors if v.any()]
     if len(edges) < 2 or not any(s.n_patients.all() for s in sums):
         return None
     return integrated_brier_score([s for s in sums if s.n_patients.all()], edges)
+
+
+def _subgroups(plan: FederationPlan, released: dict[str, Evaluation]) -> tuple[SubgroupResult, ...]:
+    found = []
+    names = [(variable, level) for variable, of in plan.subgroups.items() for level in of]
+    for row, (variable, level) in enumerate(names):
+        pairs = [e.subgroup_pairs[row] for e in released.values() if e.subgroup_pairs[row].any()]
+        counts = [PairCounts.from_vector(v) for v in pairs]
+        found.append(
+            SubgroupResult(
+                variable=variable,
+                level=level,
+                n_patients=round(sum(c.n_patients for c in counts)),
+                n_events=round(sum(c.n_events for c in counts)),
+                concordance=_concordance(pairs),
+                observed_expected=_observed_expected(
+                    [e.subgroup_expected[row] for e in released.values()]
+                ),
+            )
+        )
+    return tuple(found)
+
+
+def _net_benefit(plan: FederationPlan, released: dict[str, Evaluation]) -> NetBenefit | None:
+    n = len(plan.thresholds)
+    sums = [DecisionSums.from_vector(e.decision, n_thresholds=n) for e in released.values()]
+    if not any(s.n_patients.any() for s in sums):
+        return None
+    return net_benefit(sums, plan.thresholds)
+
+
+def _treatment(
+    plan: FederationPlan, released: dict[str, Evaluation]
+) -> tuple[TreatmentResult, ...]:
+    if not plan.treatments:
+        return ()
+    sums = [
+        TreatmentSums.from_vector(
+            e.treatment,
+            n_groups=plan.n_risk_groups,
+            n_levels=len(plan.treatments),
+            n_intervals=len(plan.edges_days),
+        )
+        for e in released.values()
+    ]
+    return (
+        tuple(
+            TreatmentResult(group, found.survival, found.log_rank, found.hazard_ratio)
+            for group, found in enumerate(treatment_comparison(sums))
+        )
+        if sums
+        else ()
+    )
+
+
+def _left_out(
+    found: Mapping[tuple[str, ...], Fitted | str],
+) -> tuple[tuple[LeftOutSite, ...], Estimate | None]:
+    """One result per site left out, and the concordance over all of them."""
+    sites, pairs = [], []
+    for group, fitted in found.items():
+        for site in group:
+            if isinstance(fitted, str):
+                sites.append(LeftOutSite(site, 0, 0, None, None, None, code=fitted))
+                continue
+            evaluation = fitted.evaluations.get(site)
+            if evaluation is None:
+                code = next(s.code for s in fitted.sites if s.site == site)
+                sites.append(
+                    LeftOutSite(site, 0, 0, None, None, None, code=code or "below_minimum_events")
+                )
+                continue
+            pairs.append(evaluation.pairs[0])
+            sites.append(
+                LeftOutSite(
+                    site=site,
+                    n_patients=evaluation.n_test,
+                    n_events=evaluation.n_test_events,
+                    concordance=_concordance([evaluation.pairs[0]]),
+                    auc=_concordance([evaluation.auc[0]]),
+                    observed_expected=_observed_expected([evaluation.observed_expected[0]]),
+                )
+            )
+    return tuple(sorted(sites, key=lambda s: s.site)), _concordance(pairs)

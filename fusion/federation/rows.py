@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
+    Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Outcome of some patients: ``event`` (n,) True where observed, ``time`` (n,) in days."""
 
-    event: NDArray[np.bool_]
+    event: Flags
     time: Floats
 
     def __len__(self) -> int:
@@ -29,6 +31,25 @@ class Split:
 
     train: Floats
     test: Floats
+
+    @property
+    def as_test(self) -> Split:
+        """All rows as test rows."""
+        return Split(self.train[:0], np.concatenate([self.train, self.test]))
+
+
+class SharedNetwork(Protocol):
+    """One modality's network over a site's rows, its weights one flat vector from outside."""
+
+    @property
+    def present(self) -> Flags:
+        """(n_train + n_test,) which rows have the modality, training rows first."""
+
+    def loss_gradient(self, weights: Floats, rows: NDArray[np.intp]) -> tuple[float, Floats]:
+        """Mean loss per event over these rows, and its gradient."""
+
+    def log_hazard(self, weights: Floats) -> Floats:
+        """(n_train + n_test,) log hazards, higher is worse, NaN where the modality is absent."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +70,12 @@ class SiteRows:
     local
         Per modality: (n,) log hazard of the site's own encoder, out-of-fold on the training rows;
         NaN where the patient lacks the modality, absent where the site trained no encoder.
+    networks
+        Per modality in the plan's ``networks``.
+    subgroups
+        Per variable of the plan: (n,) code of each row's level as a float; -1 where unknown.
+    treatment
+        (n,) code of each row's treatment; -1 where unknown; None where the site has no record.
     """
 
     cohort: str
@@ -57,3 +84,23 @@ class SiteRows:
     folds: NDArray[np.int64]
     tables: dict[str, Split]
     local: dict[str, Split]
+    networks: dict[str, SharedNetwork] = field(default_factory=dict)
+    subgroups: dict[str, Split] = field(default_factory=dict)
+    treatment: Split | None = None
+
+    def as_external(self) -> SiteRows:
+        """Give the same site as if it had never trained: all rows test, no encoder of its own."""
+        return SiteRows(
+            cohort=self.cohort,
+            train=Outcome(self.train.event[:0], self.train.time[:0]),
+            test=Outcome(
+                np.concatenate([self.train.event, self.test.event]),
+                np.concatenate([self.train.time, self.test.time]),
+            ),
+            folds=self.folds[:0],
+            tables={name: table.as_test for name, table in self.tables.items()},
+            local={},
+            networks=self.networks,
+            subgroups={name: codes.as_test for name, codes in self.subgroups.items()},
+            treatment=None if self.treatment is None else self.treatment.as_test,
+        )

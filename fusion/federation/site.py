@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from fusion import messages as m
-from fusion.evaluation import censoring_curve
+from fusion.averaging import LocalSteps, local_update
+from fusion.discrete import hazard_sums
 from fusion.federation.checks import is_within
-from fusion.federation.plan import LOCAL_ENCODERS, PROTOCOL, FederationPlan
-from fusion.federation.rows import Outcome, Split
-from fusion.federation.site_evaluation import evaluate_arms
-from fusion.late import FusionModel, fit_late_fusion, fusion_inputs, linear_inputs
+from fusion.federation.designs import NotReleased, SiteDesigns
+from fusion.federation.plan import (
+    CALIBRATION_SLOPE,
+    LOCAL_ENCODERS,
+    PROTOCOL,
+    FederationPlan,
+)
+from fusion.federation.rows import Split
+from fusion.federation.site_evaluation import evaluate_site, personal_coefficients
+from fusion.late import fit_late_fusion
+from fusion.late.gated import gated_log_hazard, gated_loss_gradient
 from fusion.newton import MAX_ROUNDS, ConvergenceError, LikelihoodSums
 from fusion.privacy import outweighed, releasable_edges
 from fusion.survival import cox_sums, interval_sums, moments
@@ -24,7 +32,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from fusion.federation.plan import AveragingPlan
     from fusion.federation.rows import SiteRows
+    from fusion.late import FusionModel
     from fusion.privacy import Refusal
 
     Floats = NDArray[np.float64]
@@ -36,12 +46,10 @@ MAX_SUMS_PER_FIT: Final = MAX_ROUNDS + 10
 _LOWEST: Final = -1e100
 # Far above any model's, far below where its exponential overflows.
 _HIGHEST_LOG_HAZARD: Final = 300.0
-_ONCE: Final = (m.SetEncoders, m.AskIntervals, m.AskEvaluation)
-
-
-class _Refusal(Exception):
-    def __init__(self, code: Refusal) -> None:
-        self.code = code
+_ONCE: Final = (
+    m.AskProducts, m.SetComponents, m.SetEncoders, m.SetNetworks, m.SetGrid,
+    m.AskIntervals, m.AskEvaluation,
+)  # fmt: skip
 
 
 class SiteStudy:
@@ -55,6 +63,11 @@ class SiteStudy:
         The site's rows.
     on_error
         Called with any unexpected exception, for the site's own log; only a code leaves.
+
+    Notes
+    -----
+    Where the plan allows leaving sites out, the requests of these further runs carry names of their
+    own (:meth:`FederationPlan.left_out_run`), and each has a part of its own.
     """
 
     def __init__(
@@ -64,23 +77,44 @@ class SiteStudy:
         *,
         on_error: Callable[[Exception], None] | None = None,
     ) -> None:
-        self.plan = plan
-        self.rows = rows
+        self.designs = SiteDesigns(plan, rows)
         self._on_error = on_error
-        self._scaling: dict[str, tuple[Floats, Floats]] = {}
-        self._columns: dict[str, Split] = {}
+        self._trains_here: bool | None = None
+        self._networks: dict[str, Floats] = {}
         self._answered: dict[type, bytes] = {}
         self._sums_given: Counter[str] = Counter()
+        self._updates_given: Counter[str] = Counter()
+        self._left_out: dict[str, SiteStudy | None] = dict.fromkeys(plan.left_out_runs)
         self._answers: dict[type, Callable[[Any], m.Message]] = {
             m.Describe: self._describe,
             m.AskMoments: self._moments,
             m.SetScaling: self._set_scaling,
-            m.AskSums: self._cox_sums,
+            m.AskProducts: self._products,
+            m.SetComponents: self._set_components,
+            m.AskSums: self._sums,
             m.SetEncoders: self._set_encoders,
+            m.AskUpdates: self._updates,
+            m.SetNetworks: self._set_networks,
             m.AskEdges: self._edges,
+            m.SetGrid: self._set_grid,
             m.AskIntervals: self._intervals,
             m.AskEvaluation: self._evaluate,
         }
+
+    @property
+    def plan(self) -> FederationPlan:
+        """What this site approved, on the grid that the run agreed on."""
+        return self.designs.plan
+
+    @property
+    def rows(self) -> SiteRows:
+        """The site's rows."""
+        return self.designs.rows
+
+    @property
+    def trains(self) -> bool:
+        """Whether this site's training rows pass its minimum counts for the fusion model."""
+        return self.designs.trains
 
     def answer(self, payload: bytes) -> bytes:
         """Answer one request; whatever goes wrong leaves as a code."""
@@ -88,14 +122,17 @@ class SiteStudy:
             request = m.decode(payload)
             handler = self._answers.get(type(request))
             if handler is None:
-                raise _Refusal("malformed_request")
-            if request.run != self.plan.run:  # type: ignore[union-attr]
-                raise _Refusal("wrong_run")
+                raise NotReleased("malformed_request")
+            run = request.run  # type: ignore[union-attr]
+            if run in self._left_out:
+                return self._part_in(run).answer(payload)
+            if run != self.plan.run:
+                raise NotReleased("wrong_run")
             if not is_within(request, self.plan):
-                raise _Refusal("malformed_request")
+                raise NotReleased("malformed_request")
             self._require_first(request)
             return m.encode(handler(request))
-        except _Refusal as refusal:
+        except NotReleased as refusal:
             return m.encode(m.Refused(refusal.code))
         except (m.MessageError, KeyError, IndexError) as error:
             return self._failed(error, "malformed_request")
@@ -107,71 +144,41 @@ class SiteStudy:
             self._on_error(error)
         return m.encode(m.Refused(code))
 
+    def _part_in(self, run: str) -> SiteStudy:
+        part = self._left_out[run]
+        if part is None:
+            plan = self.plan.left_out_plan(run)
+            part = self._left_out[run] = SiteStudy(plan, self.rows, on_error=self._on_error)
+        return part
+
     def _require_first(self, request: Any) -> None:
         """Let some requests differ but once in a run; the same again is a network's doing."""
         if isinstance(request, _ONCE):
             first = m.encode(replace(request, round=0))
             if self._answered.setdefault(type(request), first) != first:
-                raise _Refusal("already_answered")
+                raise NotReleased("already_answered")
 
-    @property
-    def trains(self) -> bool:
-        """Whether this site's training rows pass its minimum counts for the fusion model."""
-        return self._refusal(self._behind_fusion.event, self.plan.n_fusion_inputs) is None
-
-    @property
-    def _fused(self) -> NDArray[np.bool_]:
-        """(n_train,) which training rows stand behind the fusion model: the same in every arm.
-
-        Sums of two arms, or of a fit and its baseline, then never differ by a few patients.
-        """
-        shared = [self._present(modality) for modality in self.plan.modalities]
-        own = [~np.isnan(column.train) for column in self.rows.local.values()]
-        return np.logical_or.reduce([*shared, *own])
-
-    @property
-    def _behind_fusion(self) -> Outcome:
-        rows = self._fused
-        return Outcome(self.rows.train.event[rows], self.rows.train.time[rows])
-
-    def _refusal(self, event: NDArray[np.bool_], n_inputs: int) -> Refusal | None:
-        return self.plan.minimum.refuses(
-            n_patients=len(event), n_events=int(event.sum()), n_inputs=n_inputs
-        )
-
-    def _present(self, modality: str) -> NDArray[np.bool_]:
-        """(n_train,) which training rows stand behind the modality's own sums or column."""
-        if modality in self.plan.sums:
-            if modality in self.rows.tables:
-                return np.asarray(~np.isnan(self.rows.tables[modality].train).all(axis=1))
-        elif modality in self.rows.local:
-            return np.asarray(~np.isnan(self.rows.local[modality].train))
-        return np.zeros(len(self.rows.train), dtype=bool)
+    def columns(self, arm: str) -> Split:
+        """(n, m) modality log hazards of an arm, NaN where absent; not standardised."""
+        return self.designs.columns(arm)
 
     def contributes(self, modality: str) -> bool:
         """Whether enough training patients stand behind this modality's sums or columns."""
-        n_inputs = len(self.plan.sums.get(modality, ())) or 1
-        event = self.rows.train.event[self._present(modality)]
-        return self.trains and self._refusal(event, n_inputs) is None
-
-    def _cross_fits(self, modality: str) -> bool:
-        if modality not in self.plan.sums or not self.contributes(modality):
-            return False
-        present = self._present(modality)
-        refusal = self.plan.minimum.refuses_folds(
-            self.rows.folds[present],
-            self.rows.train.event[present],
-            n_folds=self.plan.n_folds,
-            n_inputs=len(self.plan.sums[modality]),
-        )
-        return refusal is None
+        return self.designs.contributes(modality)
 
     def _describe(self, request: m.Describe) -> m.Description:
         if request.protocol != self.plan.protocol or request.modalities != self.plan.modalities:
-            raise _Refusal("wrong_protocol")
-        train, test = self._behind_fusion, self.rows.test
+            raise NotReleased("wrong_protocol")
+        if self._trains_here is None:
+            self._trains_here = request.trains
+            if not request.trains:
+                self.designs.rows = self.rows.as_external()
+        elif self._trains_here != request.trains:
+            raise NotReleased("already_answered")
+        designs = self.designs
+        train, test = designs.behind_fusion, designs.test
         # Counts below the site's minimum are not told, neither of training nor of test rows.
-        shown = self.trains
+        shown = designs.trains
         tested = int(test.event.sum()) >= self.plan.minimum.test_events
         return m.Description(
             cohort=self.rows.cohort,
@@ -179,52 +186,10 @@ class SiteStudy:
             n_train_events=int(train.event.sum()) if shown else 0,
             n_test=len(test) if tested else 0,
             n_test_events=int(test.event.sum()) if tested else 0,
-            trains=self.trains,
-            contributes=np.array([self.contributes(x) for x in request.modalities]),
-            cross_fits=np.array([self._cross_fits(x) for x in request.modalities]),
-        )
-
-    def _training_columns(self, design: str) -> Floats:
-        if not self.trains:
-            raise _Refusal("below_minimum_patients")
-        return (
-            self.rows.tables[design].train
-            if design in self.plan.sums
-            else self._fusion_columns(design)
-        )
-
-    def _fusion_columns(self, arm: str) -> Floats:
-        """(n_fused, m) training columns of an arm; a modality of too few patients is absent."""
-        columns = self.columns(arm).train[self._fused]
-        event = self._behind_fusion.event
-        for column in columns.T:
-            if self._refusal(event[~np.isnan(column)], 1) is not None:
-                column[:] = np.nan
-        return columns
-
-    def _fusion_inputs(self, arm: str) -> Floats:
-        """(n_fused, 2 m) standardised columns and flags; a flag that few patients raise is down.
-
-        Products with such a flag would tell the few patients' other inputs.
-        """
-        inputs = fusion_inputs(self._fusion_columns(arm), *self._scaling[arm])
-        flags = inputs[:, len(self.plan.modalities) :]
-        flags[:, flags.sum(axis=0) < self.plan.minimum.cell] = 0.0
-        return inputs
-
-    def columns(self, arm: str) -> Split:
-        """(n, m) modality log hazards of an arm, NaN where absent; not standardised."""
-        picked = [self._column(arm, modality) for modality in self.plan.modalities]
-        return Split(
-            np.column_stack([c.train for c in picked]), np.column_stack([c.test for c in picked])
-        )
-
-    def _column(self, arm: str, modality: str) -> Split:
-        of_consortium = arm == PROTOCOL and modality in self.plan.sums
-        source = self._columns if of_consortium else self.rows.local
-        return source.get(
-            modality,
-            Split(np.full(len(self.rows.train), np.nan), np.full(len(self.rows.test), np.nan)),
+            trains=shown,
+            contributes=np.array([designs.contributes(x) for x in request.modalities]),
+            cross_fits=np.array([designs.cross_fits(x) for x in request.modalities]),
+            reduces=np.array([designs.reduces(x) for x in request.modalities]),
         )
 
     def _moments(self, request: m.AskMoments) -> m.DesignMoments:
@@ -234,7 +199,7 @@ class SiteStudy:
         for row, design in enumerate(request.designs):
             if design in self.plan.sums and not self.contributes(design):
                 continue
-            found = moments(self._training_columns(design))
+            found = moments(self.designs.training_columns(design))
             told = np.flatnonzero(found.n >= self.plan.minimum.patients)
             for values, of_column in ((n, found.n), (mean, found.mean), (m2, found.m2)):
                 values[row, told] = of_column[told]
@@ -244,41 +209,56 @@ class SiteStudy:
         for row, design in enumerate(request.designs):
             p = self.plan.n_inputs(design)
             found = (request.mean[row, :p], request.scale[row, :p])
-            if not np.array_equal(self._scaling.setdefault(design, found), found):
-                raise _Refusal("already_answered")
+            if not np.array_equal(self.designs.scaling.setdefault(design, found), found):
+                raise NotReleased("already_answered")
         return m.Done()
 
-    def design(self, fit: str) -> tuple[Floats, NDArray[np.bool_]]:
-        """(n, p) inputs of a fit and (n_train,) which training rows stand behind them."""
-        design, _, fold = fit.partition("/")
-        mean, scale = self._scaling[design]
-        if design in self.plan.sums:
-            rows: NDArray[np.bool_] = self._present(design)
-            if fold:
-                self._require_cross_fits(design)
-                rows = np.logical_and(rows, self.rows.folds != int(fold), dtype=bool)
-            return linear_inputs(self.rows.tables[design].train, mean, scale)[rows], rows
-        return self._fusion_inputs(design), self._fused
+    def _products(self, request: m.AskProducts) -> m.Products:
+        width = max(self.plan.n_inputs(design) for design in request.designs)
+        n, products = np.zeros(len(request.designs)), []
+        for row, design in enumerate(request.designs):
+            found = np.zeros((width, width))
+            if self.designs.reduces(design):
+                rows = self.designs.scaled(design).train[self.designs.present(design)]
+                n[row], p = len(rows), rows.shape[1]
+                found[:p, :p] = rows.T @ rows
+            products.append(found)
+        return m.Products(n, np.array(products))
+
+    def _set_components(self, request: m.SetComponents) -> m.Done:
+        for row, design in enumerate(request.designs):
+            axes = request.axes[row, : self.plan.n_inputs(design), : self.plan.components[design]]
+            if not np.allclose(axes.T @ axes, np.eye(axes.shape[1]), atol=1e-8):
+                raise NotReleased("malformed_request")
+            self.designs.axes[design] = axes
+        return m.Done()
 
     def _fit_sums(self, fit: str, coefficients: Floats) -> LikelihoodSums:
-        design = fit.partition("/")[0]
-        n_inputs = self.plan.n_coefficients(fit)
-        beta = coefficients[:n_inputs]
+        design, p = fit.partition("/")[0], self.plan.n_coefficients(fit)
+        beta = coefficients[:p]
         if design in self.plan.sums and not self.contributes(design):
-            return LikelihoodSums(0.0, np.zeros(n_inputs), np.zeros((n_inputs, n_inputs)), 0, 0)
-        inputs, rows = self.design(fit)
-        event, time = self.rows.train.event[rows], self.rows.train.time[rows]
-        refusal = self._refusal(event, n_inputs)
+            return _nothing(p, 0.0)
+        inputs, outcome = self.designs.design(fit)
+        refusal = self._refusal_of(design, outcome.event, p)
         if refusal is not None:
-            raise _Refusal(refusal)
-        if outweighed(_log_hazard(inputs, beta)):
-            nothing = np.zeros(n_inputs), np.zeros((n_inputs, n_inputs))
-            return LikelihoodSums(_LOWEST, *nothing, len(event), int(event.sum()))
-        return cox_sums(inputs, event, time, beta)
+            raise NotReleased(refusal)
+        n_baseline = self.plan.n_baseline if design in self.plan.arms else 0
+        if outweighed(_log_hazard(inputs, beta[n_baseline:])):
+            return _nothing(p, _LOWEST, len(outcome), int(outcome.event.sum()))
+        if n_baseline:
+            edges = np.array(self.plan.edges_days)
+            return hazard_sums(inputs, outcome.event, outcome.time, beta, edges_days=edges)
+        return cox_sums(inputs, outcome.event, outcome.time, beta)
 
-    def _cox_sums(self, request: m.AskSums) -> m.Sums:
+    def _refusal_of(self, design: str, event: NDArray[np.bool_], n_inputs: int) -> Refusal | None:
+        if design == CALIBRATION_SLOPE:
+            enough = int(event.sum()) >= self.plan.minimum.test_events
+            return None if enough else "below_minimum_events"
+        return self.designs.refusal(event, n_inputs)
+
+    def _sums(self, request: m.AskSums) -> m.Sums:
         if any(self._sums_given[fit] >= MAX_SUMS_PER_FIT for fit in request.fits):
-            raise _Refusal("rounds_spent")
+            raise NotReleased("rounds_spent")
         self._sums_given.update(request.fits)
         n_fits, width = request.coefficients.shape
         gradient, information = np.zeros((n_fits, width)), np.zeros((n_fits, width, width))
@@ -298,58 +278,134 @@ class SiteStudy:
 
     def _set_encoders(self, request: m.SetEncoders) -> m.Done:
         fitted = dict(zip(request.fits, request.coefficients, strict=True))
-        for modality, names in self.plan.sums.items():
-            if modality not in fitted:
+        for modality in self.plan.sums:
+            if modality not in fitted or modality not in self.rows.tables:
                 continue
-            mean, scale = self._scaling[modality]
-            table = self.rows.tables.get(modality)
-            if table is None:
-                continue
-            if self.plan.fold_fits(modality)[0] in fitted and self.contributes(modality):
-                self._require_cross_fits(modality)
-            p = len(names)
-            train = linear_inputs(table.train, mean, scale)
-            scores = train @ fitted[modality][:p]
-            for fold, fit in enumerate(self.plan.fold_fits(modality)):
-                if fit in fitted:
-                    rows = self.rows.folds == fold
-                    scores[rows] = train[rows] @ fitted[fit][:p]
-            test = linear_inputs(table.test, mean, scale) @ fitted[modality][:p]
-            self._columns[modality] = Split(scores, test)
+            self._require_folds_of(modality, fitted)
+            p = self.plan.n_coefficients(modality)
+            inputs = self.designs.shared_inputs(modality)
+            folds = {
+                fold: inputs.train @ fitted[fit][:p] for fold, fit in self._folds(modality, fitted)
+            }
+            beta = fitted[modality][:p]
+            whole = Split(inputs.train @ beta, inputs.test @ beta)
+            self.designs.encode(modality, whole, folds)
         return m.Done()
 
-    def _require_cross_fits(self, modality: str) -> None:
-        if not self._cross_fits(modality):
-            raise _Refusal("fold_too_small")
+    def _folds(self, modality: str, fitted: dict[str, Floats]) -> list[tuple[int, str]]:
+        return [(n, x) for n, x in enumerate(self.plan.fold_fits(modality)) if x in fitted]
+
+    def _require_folds_of(self, modality: str, fitted: dict[str, Floats]) -> None:
+        if self._folds(modality, fitted) and self.contributes(modality):
+            self.designs.require_cross_fits(modality)
+
+    def _updates(self, request: m.AskUpdates) -> m.Updates:
+        for fit in request.fits:
+            if self._updates_given[fit] >= self._averaging(fit).rounds + 10:
+                raise NotReleased("rounds_spent")
+        self._updates_given.update(request.fits)
+        weights, loss = np.zeros_like(request.weights), np.zeros(len(request.fits))
+        counts = np.zeros((2, len(request.fits)), dtype=np.int64)
+        for row, fit in enumerate(request.fits):
+            n_weights = self.plan.n_weights(fit)
+            found = self._loss_gradient(fit)
+            if found is None:
+                continue
+            gradient, event = found
+            refusal = self.designs.refusal(event, 1)
+            if refusal is not None:
+                raise NotReleased(refusal)
+            averaging = self._averaging(fit)
+            steps = LocalSteps(averaging.local_steps, averaging.learning_rate, averaging.proximal)
+            update = local_update(gradient, request.weights[row, :n_weights], steps)
+            weights[row, :n_weights], loss[row] = update.weights, update.loss
+            counts[:, row] = len(event), int(event.sum())
+        return m.Updates(weights, loss, counts[0], counts[1])
+
+    def _averaging(self, fit: str) -> AveragingPlan:
+        design = fit.partition("/")[0]
+        found = self.plan.gating if design == PROTOCOL else self.plan.networks[design]
+        if found is None:
+            raise NotReleased("malformed_request")
+        return found
+
+    def _loss_gradient(
+        self, fit: str
+    ) -> tuple[Callable[[Floats], tuple[float, Floats]], NDArray[np.bool_]] | None:
+        """Loss of a network on the site's rows behind a fit, or None where it has none."""
+        design = fit.partition("/")[0]
+        if design == PROTOCOL:
+            inputs, outcome = self.designs.design(PROTOCOL)
+            hidden = self.plan.gating_hidden
+            return (
+                lambda w: gated_loss_gradient(w, inputs, outcome.event, outcome.time, hidden=hidden)
+            ), outcome.event
+        if not self.contributes(design):
+            return None
+        rows, network = self.designs.behind(fit), self.rows.networks[design]
+        return (lambda w: network.loss_gradient(w, rows)), self.rows.train.event[rows]
+
+    def _set_networks(self, request: m.SetNetworks) -> m.Done:
+        n_train = len(self.rows.train)
+        fitted = {
+            fit: weights[: self.plan.n_weights(fit)]
+            for fit, weights in zip(request.fits, request.weights, strict=True)
+        }
+        self._networks |= fitted
+        for modality, network in self.rows.networks.items():
+            if modality not in fitted:
+                continue
+            self._require_folds_of(modality, fitted)
+            scores = network.log_hazard(fitted[modality])
+            folds = {
+                fold: network.log_hazard(fitted[fit])[:n_train]
+                for fold, fit in self._folds(modality, fitted)
+            }
+            self.designs.encode(modality, Split(scores[:n_train], scores[n_train:]), folds)
+        return m.Done()
 
     def _edges(self, request: m.AskEdges) -> m.Edges:
-        train = self._behind_fusion
+        train = self.designs.behind_fusion
         if not self.trains:
-            raise _Refusal("below_minimum_patients")
+            raise NotReleased("below_minimum_patients")
         kept = releasable_edges(
             train.event, train.time, request.edges_days, cell=self.plan.minimum.cell
         )
         return m.Edges(kept)
 
+    def _set_grid(self, request: m.SetGrid) -> m.Done:
+        train, cell = self.designs.behind_fusion, self.plan.minimum.cell
+        if self.trains:
+            allowed = releasable_edges(train.event, train.time, request.edges_days, cell=cell)
+            within = int(train.event[train.time <= request.edges_days[-1]].sum())
+            if not allowed.all() or within < cell:
+                raise NotReleased("small_cell")
+        self.designs.plan = replace(self.plan, edges_days=tuple(request.edges_days.tolist()))
+        return m.Done()
+
     def _intervals(self, request: m.AskIntervals) -> m.Intervals:
-        train, cell = self._behind_fusion, self.plan.minimum.cell
-        allowed = releasable_edges(train.event, train.time, request.edges_days, cell=cell)
-        within = int(train.event[train.time <= request.edges_days[-1]].sum())
-        if not self.trains or not allowed.all() or within < cell:
-            raise _Refusal("small_cell")
+        if not self.trains:
+            raise NotReleased("below_minimum_patients")
+        train = self.designs.behind_fusion
         log_hazard = [
-            _log_hazard(self._fusion_inputs(arm), beta)
+            self._fusion_log_hazard(arm, self.designs.fusion_inputs(arm), beta)
             for arm, beta in zip(request.arms, request.coefficients, strict=True)
         ]
         if any(outweighed(x) for x in log_hazard):
-            raise _Refusal("small_cell")
-        sums = [interval_sums(x, train.event, train.time, request.edges_days) for x in log_hazard]
+            raise NotReleased("small_cell")
+        edges = np.array(self.plan.edges_days)
+        sums = [interval_sums(x, train.event, train.time, edges) for x in log_hazard]
         risk = moments(np.column_stack(log_hazard))
         return m.Intervals(
             events=np.array([events for events, _ in sums]),
             exposure=np.array([exposure for _, exposure in sums]),
             risk=np.column_stack([risk.n, risk.mean, risk.m2]),
         )
+
+    def _fusion_log_hazard(self, arm: str, inputs: Floats, coefficients: Floats) -> Floats:
+        if arm == PROTOCOL and arm in self._networks:
+            return gated_log_hazard(self._networks[arm], inputs, hidden=self.plan.gating_hidden)
+        return _log_hazard(inputs, coefficients)
 
     def own_model(self) -> FusionModel | None:
         """Fit the local-only model: this site's encoders, fused on this site's rows alone."""
@@ -370,32 +426,49 @@ class SiteStudy:
             return None
 
     def test_log_hazard(self, arm: str, coefficients: Floats) -> Floats:
-        """(n_test,) log hazard of an arm's model on the test rows; higher is worse."""
-        inputs = fusion_inputs(self.columns(arm).test, *self._scaling[arm])
-        return _log_hazard(inputs, coefficients)
+        """(n_tested,) log hazard of an arm's model on the evaluated rows; higher is worse."""
+        return self._fusion_log_hazard(arm, self.designs.test_inputs(arm), coefficients)
 
     def _evaluate(self, request: m.AskEvaluation) -> m.Evaluation:
-        test = self.rows.test
+        test = self.designs.test
         if int(test.event.sum()) < self.plan.minimum.test_events:
-            raise _Refusal("below_minimum_events")
-        scored = [
-            self.test_log_hazard(arm, beta)
-            for arm, beta in zip(request.arms, request.coefficients, strict=True)
-        ]
-        if not all((np.abs(x) < _HIGHEST_LOG_HAZARD).all() for x in scored):
-            raise _Refusal("malformed_request")
+            raise NotReleased("below_minimum_events")
+        scored: list[Floats | None] = []
+        for arm, beta in zip(request.arms, request.coefficients, strict=True):
+            known = ~np.isnan(self.columns(arm).test[self.designs.tested]).all()
+            scored.append(self.test_log_hazard(arm, beta) if known else None)
+        if not all((np.abs(x) < _HIGHEST_LOG_HAZARD).all() for x in scored if x is not None):
+            raise NotReleased("malformed_request")
+        scored += [self._own_log_hazard(), self._personal_log_hazard(request)]
+        self.designs.slope = scored[0]
+        return evaluate_site(request, self.designs, scored)
+
+    def _own_log_hazard(self) -> Floats | None:
         own = self.own_model()
-        return evaluate_arms(
-            request,
-            test,
-            scored,
-            None if own is None else own.predict(self.columns(LOCAL_ENCODERS).test),
-            curve=censoring_curve(
-                np.concatenate([self.rows.train.event, test.event]),
-                np.concatenate([self.rows.train.time, test.time]),
+        if own is None:
+            return None
+        found = own.predict(self.columns(LOCAL_ENCODERS).test[self.designs.tested])
+        # Who lacks what the site's own model reads is at its average.
+        return np.nan_to_num(found, nan=0.0)
+
+    def _personal_log_hazard(self, request: m.AskEvaluation) -> Floats | None:
+        if not self.trains or PROTOCOL in self._networks:
+            return None
+        at = request.arms.index(PROTOCOL)
+        beta = personal_coefficients(
+            self.designs,
+            np.concatenate(
+                [request.baseline[at][: self.plan.n_baseline], request.coefficients[at]]
             ),
-            cell=self.plan.minimum.cell,
+            request.between_site_variance,
         )
+        return None if beta is None else self.test_log_hazard(PROTOCOL, beta)
+
+
+def _nothing(
+    p: int, log_likelihood: float, n_patients: int = 0, n_events: int = 0
+) -> LikelihoodSums:
+    return LikelihoodSums(log_likelihood, np.zeros(p), np.zeros((p, p)), n_patients, n_events)
 
 
 def _log_hazard(inputs: Floats, coefficients: Floats) -> Floats:

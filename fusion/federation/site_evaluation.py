@@ -8,125 +8,292 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fusion import messages as m
+from fusion.discrete import hazard_sums, survival_from_log_odds
 from fusion.evaluation import (
+    BrierSums,
+    PairCounts,
+    auc_pair_counts,
     brier_sums,
     calibration_sums,
+    censoring_curve,
+    decision_sums,
     life_table,
     null_brier_sums,
+    observed_expected,
     pair_counts,
+    pair_cross,
+    subgroup_sums,
+    treatment_sums,
     uno_pair_counts,
 )
-from fusion.survival import cumulative_hazard
+from fusion.federation.plan import PROTOCOL
+from fusion.newton import ConvergenceError, NewtonFit
+from fusion.survival import cox_sums, cumulative_hazard
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-    from fusion.evaluation import BrierSums, CensoringCurve
+    from fusion.evaluation import CensoringCurve
+    from fusion.federation.designs import SiteDesigns
+    from fusion.federation.plan import FederationPlan
     from fusion.federation.rows import Outcome
 
     Floats = NDArray[np.float64]
 
+_N_PAIR_SUMS = 9
+_N_EXPECTED_SUMS = 3
+# A coefficient that does not differ between sites is held this tightly at the consortium's.
+_LEAST_VARIANCE = 1e-6
 
-def evaluate_arms(
-    request: m.AskEvaluation,
-    test: Outcome,
-    log_hazard: Sequence[Floats],
-    own: Floats | None,
-    *,
-    curve: CensoringCurve,
-    cell: int,
+
+def evaluate_site(
+    request: m.AskEvaluation, designs: SiteDesigns, scored: Sequence[Floats | None]
 ) -> m.Evaluation:
-    """Evaluate every arm, and the site's own model in pairs only, on the site's test rows.
+    """Evaluate every arm, and the site's own and personalised models, on the site's test rows.
 
     Parameters
     ----------
     request
-        Grid, horizon, and each arm's hazard and group boundaries.
-    test
-        Outcome of the (n_test,) rows.
-    log_hazard
-        (n_test,) of each arm, in the request's order; higher is worse.
-    own
-        (n_test,) of the site's own model; None where it has none.
-    curve
-        Censoring curve of the site.
-    cell
-        Smallest count that may leave; a table with a smaller one is zeros.
+        Each arm's baseline and group boundaries.
+    designs
+        The site's rows and plan.
+    scored
+        (n_tested,) log hazards in the order of the plan's ``scored``, the first the protocol's arm;
+        higher is worse, None where there is none.
     """
-    of_arms = [
-        _arm_tables(request, row, test, x, curve=curve, cell=cell)
-        for row, x in enumerate(log_hazard)
+    plan, test, curve = designs.plan, designs.test, _censoring(designs)
+    horizon = plan.horizon_days
+    tables = [
+        _arm_tables(request, row, test, x, plan=plan, curve=curve)
+        for row, x in enumerate(scored[: len(plan.main_arms)])
     ]
-    ranked = [*log_hazard] if own is None else [*log_hazard, own]
-    pairs = [pair_counts(x, test.event, test.time).to_vector() for x in ranked]
-    uno = [
-        uno_pair_counts(x, test.event, test.time, curve, request.horizon_days).to_vector()
-        for x in ranked
-    ]
-    null = null_brier_sums(test.event, test.time, request.edges_days, curve)
-    shown = _apart(request, log_hazard, cell)
+    null = null_brier_sums(test.event, test.time, np.array(plan.edges_days), curve)
+    shown = _apart(request, scored[: len(tables)], plan.minimum.cell)
+
+    def of_each(count: Callable[[Floats], PairCounts]) -> Floats:
+        return np.array([_no_pairs() if x is None else count(x).to_vector() for x in scored])
+
     return m.Evaluation(
         n_test=len(test),
         n_test_events=int(test.event.sum()),
-        pairs=np.array(pairs),
-        uno=np.array(uno),
-        brier=np.array([brier for brier, _, _ in of_arms] + [_averaged(null)]),
-        life_table=shown * np.array([life for _, life, _ in of_arms]),
-        calibration=shown * np.array([cells for _, _, cells in of_arms]),
+        pairs=of_each(lambda x: pair_counts(x, test.event, test.time)),
+        uno=of_each(lambda x: uno_pair_counts(x, test.event, test.time, curve, horizon)),
+        auc=of_each(lambda x: auc_pair_counts(x, test.event, test.time, curve, horizon)),
+        cross=np.array([_cross(scored[0], x, test) for x in scored]),
+        alone=_alone(designs),
+        brier=np.array([brier for brier, *_ in tables] + [_averaged(null)]),
+        life_table=shown * np.array([life for _, life, _, _ in tables]),
+        calibration=shown * np.array([cells for _, _, cells, _ in tables]),
+        observed_expected=np.array([sums for *_, sums in tables]),
+        **_details(request, designs, scored[0], curve=curve),
     )
 
 
-def _apart(request: m.AskEvaluation, log_hazard: Sequence[Floats], cell: int) -> NDArray[np.bool_]:
+def _censoring(designs: SiteDesigns) -> CensoringCurve:
+    rows, test = designs.rows.train, designs.test
+    return censoring_curve(
+        np.concatenate([rows.event, test.event]), np.concatenate([rows.time, test.time])
+    )
+
+
+def _no_pairs() -> Floats:
+    return np.zeros(_N_PAIR_SUMS)
+
+
+def _cross(first: Floats | None, other: Floats | None, test: Outcome) -> float:
+    if first is None or other is None:
+        return 0.0
+    return pair_cross(first, other, test.event, test.time)
+
+
+def _alone(designs: SiteDesigns) -> Floats:
+    """Pairs of each modality's own log hazard, among the patients who have it."""
+    test, cell = designs.test, designs.plan.minimum.cell
+    found = []
+    for column in designs.columns(PROTOCOL).test[designs.tested].T:
+        has = ~np.isnan(column)
+        # The few who lack it would follow by subtraction from the counts of all.
+        told = int(has.sum()) >= cell and not 0 < int((~has).sum()) < cell
+        pairs = pair_counts(column[has], test.event[has], test.time[has]) if told else None
+        found.append(_no_pairs() if pairs is None else pairs.to_vector())
+    return np.array(found)
+
+
+def _apart(
+    request: m.AskEvaluation, log_hazard: Sequence[Floats | None], cell: int
+) -> NDArray[np.bool_]:
     """(arms, 1) whose tables may leave: groups must not differ from another arm's by a few."""
-    groups = [np.searchsorted(c, x) for c, x in zip(request.groups, log_hazard, strict=True)]
+    groups = [
+        None if x is None else np.searchsorted(cuts, x)
+        for cuts, x in zip(request.groups, log_hazard, strict=False)
+    ]
     shown = np.ones((len(groups), 1), dtype=bool)
     for row, group in enumerate(groups):
-        moved = [int((group != other).sum()) for other in groups[:row]]
+        others = [x for x in groups[:row] if x is not None and group is not None]
+        moved = [int((group != other).sum()) for other in others]
         shown[row] = not any(0 < n < cell for n in moved)
     return shown
+
+
+def hazard_at_edges(plan: FederationPlan, baseline: Floats, log_hazard: Floats) -> Floats:
+    """(n, k) cumulative hazard of each patient at the edges of the grid.
+
+    Parameters
+    ----------
+    baseline
+        (k,) hazard per day at log hazard 0, or log odds of a discrete model.
+    """
+    edges = np.array(plan.edges_days)
+    if plan.n_baseline:
+        surviving = survival_from_log_odds(baseline, log_hazard, edges, edges)
+        return np.asarray(-np.log(surviving))
+    at_edges = cumulative_hazard(baseline, edges, edges)
+    return np.asarray(np.exp(log_hazard)[:, None] * at_edges)
+
+
+def hazard_at(at_edges: Floats, edges: Floats, times: Floats) -> Floats:
+    """(n,) cumulative hazard at a time of each patient's own, linear between the edges.
+
+    Parameters
+    ----------
+    at_edges
+        (n, k) cumulative hazard at the k edges.
+    times
+        (n,) days; beyond the last edge counts as the last edge.
+    """
+    knots = np.append(0.0, edges)
+    values = np.column_stack([np.zeros(len(at_edges)), at_edges])
+    days = np.minimum(times, edges[-1])
+    right = np.clip(np.searchsorted(knots, days, side="left"), 1, len(edges))
+    rows = np.arange(len(days))
+    share = (days - knots[right - 1]) / (knots[right] - knots[right - 1])
+    low, high = values[rows, right - 1], values[rows, right]
+    return np.asarray(low + share * (high - low))
+
+
+def _expected(
+    plan: FederationPlan, baseline: Floats, log_hazard: Floats, test: Outcome
+) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+    """Cumulative hazards at the edges, until each patient's own end or the horizon, and events."""
+    edges = np.array(plan.edges_days)
+    at_edges = hazard_at_edges(plan, baseline, log_hazard)
+    horizon = min(plan.horizon_days, edges[-1])
+    expected = hazard_at(at_edges, edges, np.minimum(test.time, horizon))
+    return at_edges, expected, test.event & (test.time <= horizon)
 
 
 def _arm_tables(
     request: m.AskEvaluation,
     row: int,
     test: Outcome,
-    log_hazard: Floats,
+    log_hazard: Floats | None,
     *,
+    plan: FederationPlan,
     curve: CensoringCurve,
-    cell: int,
-) -> tuple[Floats, Floats, Floats]:
-    """Brier sums, life table and calibration of one arm; a table with a small cell is zeros."""
-    edges, cuts = request.edges_days, request.groups[row]
-    hazard = request.hazard_per_day[row]
-
-    def surviving(times: Floats) -> Floats:
-        expected = np.exp(log_hazard)[:, None] * cumulative_hazard(hazard, edges, times)
-        return np.exp(-expected)
-
-    group = np.searchsorted(cuts, log_hazard)
-    n_groups = len(cuts) + 1
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Brier sums, life table, calibration, events seen and expected; small cells are zeros."""
+    told = log_hazard is not None
+    scores = log_hazard if log_hazard is not None else np.zeros(len(test))
+    edges, cuts = np.array(plan.edges_days), request.groups[row]
+    at_edges, expected, seen = _expected(plan, request.baseline[row], scores, test)
+    group = np.searchsorted(cuts, scores)
+    n_groups, cell = len(cuts) + 1, plan.minimum.cell
     life = life_table(test.event, test.time, group, np.append(0.0, edges), n_groups)
+    at_horizon = hazard_at(at_edges, edges, np.full(len(test), plan.horizon_days))
     cells = calibration_sums(
-        surviving(np.array([request.horizon_days]))[:, 0],
+        np.exp(-at_horizon),
         test.event,
         test.time,
         group,
-        horizon=request.horizon_days,
+        horizon=plan.horizon_days,
         censoring=curve,
         n_groups=n_groups,
     )
-    brier = brier_sums(surviving(edges), test.event, test.time, edges, curve)
+    brier = brier_sums(np.exp(-at_edges), test.event, test.time, edges, curve)
+    by_group = np.stack([cells.n_patients, cells.n_events, cells.n_patients - cells.n_events])
     return (
-        _averaged(brier),
-        _without_small_cells(_with_survivors(life.counts), life.to_vector(), cell),
-        _without_small_cells(
-            np.stack([cells.n_patients, cells.n_events, cells.n_patients - cells.n_events]),
-            cells.to_vector(),
-            cell,
-        ),
+        told * _averaged(brier),
+        told * _without_small_cells(_with_survivors(life.counts), life.to_vector(), cell),
+        told * _without_small_cells(by_group, cells.to_vector(), cell),
+        told * observed_expected(expected, seen).to_vector(),
     )
+
+
+def _details(
+    request: m.AskEvaluation,
+    designs: SiteDesigns,
+    log_hazard: Floats | None,
+    *,
+    curve: CensoringCurve,
+) -> dict[str, Floats]:
+    """Give the protocol's arm by subgroup, by threshold of net benefit, and by treatment."""
+    plan, test = designs.plan, designs.test
+    scores = log_hazard if log_hazard is not None else np.zeros(len(test))
+    at_edges, expected, seen = _expected(plan, request.baseline[0], scores, test)
+    edges = np.array(plan.edges_days)
+    at_horizon = hazard_at(at_edges, edges, np.full(len(test), plan.horizon_days))
+    pairs, sums = _by_subgroup(designs, scores, expected, seen)
+    decision = decision_sums(
+        1.0 - np.exp(-at_horizon),
+        test.event,
+        test.time,
+        thresholds=plan.thresholds,
+        horizon=plan.horizon_days,
+        censoring=curve,
+        cell=plan.minimum.cell,
+    )
+    group = np.searchsorted(request.groups[0], scores)
+    return {
+        "subgroup_pairs": pairs,
+        "subgroup_expected": sums,
+        "decision": decision.to_vector(),
+        "treatment": _by_treatment(designs, group, edges),
+    }
+
+
+def _by_subgroup(
+    designs: SiteDesigns, log_hazard: Floats, expected: Floats, seen: NDArray[np.bool_]
+) -> tuple[Floats, Floats]:
+    """(levels, 9) pair counts and (levels, 3) events, of every variable one after the other."""
+    plan, test, rows = designs.plan, designs.test, designs.rows
+    unknown = np.full(len(test), -1.0)
+    pairs, sums = [np.zeros((0, _N_PAIR_SUMS))], [np.zeros((0, _N_EXPECTED_SUMS))]
+    for variable, levels in plan.subgroups.items():
+        codes = (
+            rows.subgroups[variable].test[designs.tested] if variable in rows.subgroups else unknown
+        )
+        found = subgroup_sums(
+            log_hazard,
+            expected,
+            seen,
+            test.time,
+            codes,
+            n_groups=len(levels),
+            minimum=plan.minimum,
+        )
+        pairs.append(found.pairs)
+        sums.append(found.expected)
+    return np.concatenate(pairs), np.concatenate(sums)
+
+
+def _by_treatment(designs: SiteDesigns, group: NDArray[np.intp], edges: Floats) -> Floats:
+    """Life tables by risk group and treatment, flattened; empty where none is compared."""
+    plan, test = designs.plan, designs.test
+    if not plan.treatments:
+        return np.zeros(0)
+    recorded = designs.rows.treatment
+    unknown = np.full(len(test), -1.0)
+    return treatment_sums(
+        test.event,
+        test.time,
+        group,
+        unknown if recorded is None else recorded.test[designs.tested],
+        np.append(0.0, edges),
+        shape=(plan.n_risk_groups, len(plan.treatments)),
+        cell=plan.minimum.cell,
+    ).to_vector()
 
 
 def _without_small_cells(counts: Floats, vector: Floats, cell: int) -> Floats:
@@ -144,3 +311,48 @@ def _with_survivors(counts: Floats) -> Floats:
     """Cells of a life table, with those that subtraction gives: at risk beyond the last edge."""
     at_risk, events, censored = np.moveaxis(counts, 2, 0)
     return np.concatenate([counts.ravel(), (at_risk - events - censored)[:, -1]])
+
+
+def personal_coefficients(
+    designs: SiteDesigns, coefficients: Floats, between_site_variance: Floats
+) -> Floats | None:
+    """Shrink a site's own fusion coefficients toward the consortium's: empirical Bayes.
+
+    The prior of each coefficient is normal about the consortium's, with the variance that the
+    coefficient shows between sites; the posterior mode on the site's training rows is returned. A
+    coefficient that does not differ between sites stays the consortium's.
+
+    Parameters
+    ----------
+    coefficients
+        (k + p,) of the consortium, those of the baseline first.
+    between_site_variance
+        (p,) of the coefficients of the inputs.
+
+    Returns
+    -------
+    numpy.ndarray or None
+        (p,) coefficients of the inputs; None where the fit has no finite maximum.
+    """
+    inputs, outcome = designs.design(PROTOCOL)
+    n_baseline = designs.plan.n_baseline
+    variance = np.concatenate(
+        [np.full(n_baseline, np.inf), np.maximum(between_site_variance, _LEAST_VARIANCE)]
+    )
+    fit = NewtonFit(
+        n_inputs=len(coefficients),
+        ridge=1.0 / (variance * len(outcome)),
+        centre=coefficients,
+        start=coefficients,
+    )
+    edges = np.array(designs.plan.edges_days)
+    try:
+        while not fit.converged:
+            fit.advance(
+                hazard_sums(inputs, outcome.event, outcome.time, fit.candidate, edges_days=edges)
+                if n_baseline
+                else cox_sums(inputs, outcome.event, outcome.time, fit.candidate)
+            )
+    except ConvergenceError:
+        return None
+    return fit.candidate[n_baseline:]

@@ -1,0 +1,271 @@
+"""How the coordinator talks to the sites: who is there, what a round cost, who left and why."""
+
+from __future__ import annotations
+
+import time as clock
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from fusion import messages as m
+from fusion.federation.checks import is_reply_to
+from fusion.survival import Moments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from fusion.federation.plan import FederationPlan
+    from fusion.federation.transport import Transport
+
+    Floats = NDArray[np.float64]
+
+Reply = TypeVar("Reply")
+
+
+class QuorumNotMet(RuntimeError):
+    """Too few sites or patients to fit a consortium's model."""
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round as the coordinator saw it."""
+
+    number: int
+    stage: str
+    n_sites: int
+    n_fits: int
+    objective: float
+    bytes_sent: int
+    bytes_received: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SiteOutcome:
+    """How one site took part: its counts, and why it did not where it did not."""
+
+    site: str
+    cohort: str = ""
+    n_train: int = 0
+    n_train_events: int = 0
+    n_test: int = 0
+    n_test_events: int = 0
+    trains: bool = False
+    contributes: tuple[str, ...] = ()
+    code: str = ""
+
+
+@dataclass
+class Conversation:
+    """Requests to sites and their replies, in rounds.
+
+    Parameters
+    ----------
+    plan
+        What every party approved, on the grid that the run agreed on.
+    transport
+        How bytes reach the sites.
+    on_round
+        Called after every round, for progress and tracking.
+    left_out
+        Sites that are asked to take part as if they had never trained.
+
+    Notes
+    -----
+    A site that refuses or cannot be reached leaves the roster with its code and the run goes on
+    without it.
+    """
+
+    plan: FederationPlan
+    transport: Transport
+    on_round: Callable[[RoundRecord], None] | None = None
+    left_out: frozenset[str] = frozenset()
+    rounds: list[RoundRecord] = field(default_factory=list)
+    outcomes: dict[str, SiteOutcome] = field(default_factory=dict)
+    cross_fits: dict[str, bool] = field(default_factory=dict)
+    reduces: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def roster(self) -> tuple[str, ...]:
+        """Sites that train, in a fixed order."""
+        return tuple(s for s, o in self.outcomes.items() if o.trains and not o.code)
+
+    @property
+    def reachable(self) -> tuple[str, ...]:
+        """Sites that train or evaluate."""
+        return tuple(s for s, o in self.outcomes.items() if not o.code)
+
+    @property
+    def offered(self) -> set[str]:
+        """Modalities that some training site contributes."""
+        return {x for s in self.roster for x in self.outcomes[s].contributes}
+
+    @property
+    def number(self) -> int:
+        """Number of the next round."""
+        return len(self.rounds) + 1
+
+    def ask(
+        self, request: m.Message, expected: type[Reply], sites: Sequence[str], *, stage: str
+    ) -> dict[str, Reply]:
+        """Put one request to these sites; whoever does not answer it as expected has left."""
+        payload = m.encode(request)
+        started = clock.perf_counter()
+        raw = self.transport.ask(payload, sites)
+        replies: dict[str, Reply] = {}
+        for site in sites:
+            reply = _read(raw.get(site))
+            if isinstance(reply, expected) and is_reply_to(request, reply, self.plan):
+                replies[site] = reply
+            else:
+                self._drop(site, reply)
+        self.rounds.append(
+            RoundRecord(
+                number=len(self.rounds) + 1,
+                stage=stage,
+                n_sites=len(replies),
+                n_fits=len(getattr(request, "fits", ())),
+                objective=float("nan"),
+                bytes_sent=len(payload) * len(sites),
+                bytes_received=sum(map(len, raw.values())),
+                seconds=clock.perf_counter() - started,
+            )
+        )
+        return replies
+
+    def _drop(self, site: str, reply: object) -> None:
+        code = reply.code if isinstance(reply, m.Refused) else "unexpected_reply"
+        self.outcomes[site] = replace(self.outcomes.get(site, SiteOutcome(site)), code=code)
+
+    def tell(self, request: m.Message, *, stage: str) -> None:
+        """Give every site that is still there an instruction."""
+        self.ask(request, m.Done, self.reachable, stage=stage)
+        self.round_done()
+
+    def round_done(self, objective: float = float("nan")) -> None:
+        """Close a round: everything of it is known."""
+        self.rounds[-1] = replace(self.rounds[-1], objective=objective)
+        if self.on_round is not None:
+            self.on_round(self.rounds[-1])
+
+    def describe(self) -> None:
+        """Learn which sites take part, with which modalities.
+
+        Raises
+        ------
+        QuorumNotMet
+            With fewer than two sites, no site above its minimum counts, or too few patients.
+        """
+        sites = self.transport.sites
+        if len(sites) < 2:
+            raise QuorumNotMet(
+                f"sites: found {len(sites)}, needed at least 2; one site has nothing to federate"
+            )
+        replies = self._introduce([s for s in sites if s not in self.left_out], trains=True)
+        if self.left_out:
+            replies |= self._introduce([s for s in sites if s in self.left_out], trains=False)
+        self.outcomes = {s: self.outcomes[s] for s in sites}
+        self.require_quorum()
+        for at, modality in enumerate(self.plan.modalities):
+            taking_part = [r for r in replies.values() if r.trains and r.contributes[at]]
+            self.cross_fits[modality] = bool(taking_part) and all(
+                r.cross_fits[at] for r in taking_part
+            )
+            self.reduces[modality] = bool(taking_part) and all(r.reduces[at] for r in taking_part)
+
+    def _introduce(self, sites: Sequence[str], *, trains: bool) -> dict[str, m.Description]:
+        plan = self.plan
+        request = m.Describe(plan.run, plan.protocol, plan.modalities, trains)
+        replies = self.ask(request, m.Description, sites, stage="describe")
+        for site, reply in replies.items():
+            self.outcomes[site] = SiteOutcome(
+                site=site,
+                cohort=reply.cohort,
+                n_train=reply.n_train,
+                n_train_events=reply.n_train_events,
+                n_test=reply.n_test,
+                n_test_events=reply.n_test_events,
+                trains=reply.trains,
+                contributes=self._named(reply.contributes),
+            )
+        self.round_done()
+        return replies
+
+    def _named(self, flags: NDArray[np.bool_]) -> tuple[str, ...]:
+        return tuple(x for x, flag in zip(self.plan.modalities, flags, strict=True) if flag)
+
+    def require_quorum(self) -> None:
+        """Raise QuorumNotMet unless enough training sites and patients are left."""
+        minimum = self.plan.minimum
+        if not self.roster:
+            raise QuorumNotMet(
+                f"training sites: found none above the minimum of {minimum.patients} patients and "
+                f"{minimum.events} events after the split; add patients or sites"
+            )
+        total = sum(self.outcomes[s].n_train for s in self.roster)
+        if total < minimum.pooled_patients:
+            raise QuorumNotMet(
+                f"training patients: found {total} over {len(self.roster)} sites, needed "
+                f"{minimum.pooled_patients}; add patients or sites"
+            )
+
+    def scale(self, designs: Sequence[str], *, stage: str) -> dict[str, tuple[Floats, Floats]]:
+        """Agree on mean and standard deviation of each design's inputs, once for the run.
+
+        Returns
+        -------
+        dict
+            Per design its (p,) mean and (p,) scale over the present training values of all sites.
+        """
+        ask = m.AskMoments(self.plan.run, self.number, tuple(designs))
+        replies = self.ask(ask, m.DesignMoments, self.roster, stage=stage)
+        self.round_done()
+        self.require_quorum()
+        total = add([Moments(r.n, r.mean, r.m2) for r in replies.values()])
+        scale = np.where(total.scale > 0, total.scale, 1.0)
+        self.tell(
+            m.SetScaling(self.plan.run, self.number, tuple(designs), total.mean, scale), stage=stage
+        )
+        widths = [self.plan.n_inputs(d) for d in designs]
+        return {
+            design: (total.mean[row, :p], scale[row, :p])
+            for row, (design, p) in enumerate(zip(designs, widths, strict=True))
+        }
+
+    def agree_on_grid(self) -> Floats:
+        """(k,) edges of the grid that leave no site with a small cell, for the rest of the run."""
+        grid = np.array(self.plan.edges_days)
+        replies = self.ask(
+            m.AskEdges(self.plan.run, self.number, grid), m.Edges, self.roster, stage="grid"
+        )
+        self.round_done()
+        self.require_quorum()
+        kept = np.logical_and.reduce([r.releasable for r in replies.values()])
+        edges = np.asarray(grid[np.append(kept, True)])
+        self.tell(m.SetGrid(self.plan.run, self.number, edges), stage="grid")
+        self.require_quorum()
+        self.plan = replace(self.plan, edges_days=tuple(edges.tolist()))
+        return edges
+
+
+SumsT = TypeVar("SumsT")
+
+
+def add(parts: Sequence[SumsT]) -> SumsT:
+    """Add sums in the roster's order: floating-point sums are then the same in every run."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part  # type: ignore[operator]
+    return total
+
+
+def _read(payload: bytes | None) -> m.Message:
+    if payload is None:
+        return m.Refused("unreachable")
+    try:
+        return m.decode(payload)
+    except m.MessageError:
+        return m.Refused("unreadable_reply")

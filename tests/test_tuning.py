@@ -1,0 +1,193 @@
+"""Choice of hyperparameters: which is taken, in which order, within which time."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusion import tuning
+from fusion.cox_loss import TrainingDiverged, outcome, training_mode
+from fusion.encoder_spec import EncoderSpec
+from fusion.encoders import standardisation
+from fusion.learner import training_rows
+from fusion.survival import cox_sums, fit_cox, moments
+from fusion.tuning import (
+    Choice,
+    LinearFits,
+    choose,
+    inner_folds,
+    network_candidates,
+    ridge_candidates,
+)
+from tests.simulated import simulate_survival, simulate_table
+
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _choose(rows: Rows, spec: EncoderSpec, *, seed: int = 0) -> Choice:
+    table, event, time = rows
+    data = training_rows(table, standardisation(moments(table)), spec)
+    survival = outcome(event, time)
+    with training_mode():
+        linear = LinearFits(data.rows, survival, l1_ratio=spec.l1_ratio)
+        return choose(data, survival, linear, spec, seed=seed)
+
+
+def _noise(n: int, n_columns: int, seed: int) -> Rows:
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(n, n_columns)), *simulate_survival(np.zeros(n), rng))
+
+
+def test_ridge_is_the_one_with_the_least_cross_validated_loss() -> None:
+    table, event, time = simulate_table(90, seed=3)
+    spec = EncoderSpec(ridge=(0.01, 0.1, 1.0))
+    choice = _choose((table, event, time), spec)
+    x = (table - table.mean(axis=0)) / table.std(axis=0, ddof=1)
+    folds = inner_folds(outcome(event, time), 3, 0)
+    expected = {}
+    for ridge in spec.ridge:
+        loss = 0.0
+        for fold in range(3):
+            own = folds != fold
+            beta = fit_cox(x[own], event[own], time[own], ridge=ridge).candidate
+            loss -= cox_sums(x, event, time, beta).log_likelihood
+            loss += cox_sums(x[own], event[own], time[own], beta).log_likelihood
+        expected[ridge] = loss / event.sum()
+    found = {trial["ridge"]: trial["loss"] for trial in choice.history["tried"]}
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert choice.spec.ridge == (min(expected, key=expected.__getitem__),)
+    assert choice.history["tried"][choice.history["chosen"]]["ridge"] == choice.spec.ridge[0]
+
+
+def test_noise_gets_a_strong_ridge_and_signal_a_weak_one() -> None:
+    spec = EncoderSpec()
+    assert _choose(_noise(60, 20, seed=1), spec).spec.ridge == (1.0,)
+    assert _choose(simulate_table(600, seed=1), spec).spec.ridge[0] < 0.1
+
+
+def test_one_ridge_of_a_linear_model_is_taken_without_a_search() -> None:
+    choice = _choose(simulate_table(40, seed=2), EncoderSpec(ridge=0.2))
+    assert (choice.spec.ridge, choice.history["tried"]) == ((0.2,), [])
+
+
+@given(st.sets(st.floats(0.001, 100), min_size=1, max_size=9))
+def test_ridges_are_tried_from_the_default_outwards(strengths: set[float]) -> None:
+    spec = EncoderSpec(ridge=tuple(sorted(strengths)))
+    tried = [candidate.ridge[0] for candidate in ridge_candidates(spec)]
+    assert tried[0] == spec.default_ridge
+    assert sorted(tried) == list(spec.ridge)
+    away = [abs(spec.ridge.index(x) - spec.ridge.index(spec.default_ridge)) for x in tried]
+    assert away == sorted(away)
+
+
+@given(st.integers(1, 512), st.floats(0, 0.99), st.floats(0, 10))
+def test_first_network_is_the_spec_itself_and_all_can_be_specs(
+    hidden: int, dropout: float, decay: float
+) -> None:
+    spec = EncoderSpec(model="mlp", hidden=hidden, dropout=dropout, weight_decay=decay)
+    candidates = network_candidates(spec)
+    assert candidates[0] == spec
+    for candidate in candidates:
+        assert EncoderSpec.model_validate(candidate.model_dump()) == candidate
+    assert len(set(candidates)) == len(candidates)
+
+
+class _Clock:
+    """A clock that moves on by a second whenever it is read."""
+
+    def __init__(self) -> None:
+        self.ticks = itertools.count()
+
+    def __call__(self) -> float:
+        return float(next(self.ticks))
+
+
+@pytest.mark.parametrize("budget_s", [1, 3, 6, 100])
+def test_budget_ends_the_list_early_and_changes_nothing_else(
+    budget_s: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = simulate_table(70, seed=5)
+    spec = EncoderSpec(model="mlp", max_steps=10)
+    whole = _choose(rows, spec).history
+    monkeypatch.setattr(tuning, "monotonic", _Clock())
+    cut = _choose(rows, spec.model_copy(update={"time_budget_s": budget_s})).history
+    n_linear = min(max(budget_s, 1), 5)
+    assert cut["tried"][:n_linear] == whole["tried"][:n_linear]
+    assert cut["cut_by_budget"] == (budget_s < 100)
+    assert not whole["cut_by_budget"]
+    models = [trial["model"] for trial in cut["tried"]]
+    # The default network is fitted even if the linear models used all the time up.
+    assert models == ["linear"] * n_linear + ["mlp"] * (len(models) - n_linear)
+    assert "mlp" in models
+
+
+def test_history_is_plain_and_holds_the_training_curves() -> None:
+    spec = EncoderSpec(model="mlp", max_steps=10, ridge=(0.1, 0.3))
+    choice = _choose(simulate_table(70, seed=6), spec)
+    tried = choice.history["tried"]
+    assert [trial["loss_by_step"][0][0] for trial in tried] == [0] * len(tried)
+    assert [step for step, _ in tried[-1]["loss_by_step"]] == [0, 5, 10]
+    least = min(loss for trial in tried for _, loss in trial["loss_by_step"])
+    chosen = tried[choice.history["chosen"]]
+    assert chosen["loss"] == least
+    assert [choice.n_steps, least] in chosen["loss_by_step"]
+
+
+def test_more_inputs_than_patients_are_fitted_in_the_row_space() -> None:
+    table, event, time = _noise(40, 70, seed=7)
+    spec = EncoderSpec()
+    data = training_rows(table, standardisation(moments(table)), spec)
+    linear = LinearFits(data.rows, outcome(event, time), l1_ratio=0.0)
+    assert linear.rows.shape[1] < 40
+    some = np.arange(5, 40)
+    found = linear.expanded(linear.fit(some, 0.1))
+    direct = fit_cox(data.rows.numpy()[some], event[some], time[some], ridge=0.1).candidate
+    np.testing.assert_allclose(found, direct, atol=1e-7)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.1])
+def test_constant_columns_get_no_coefficient(strength: float) -> None:
+    table, event, time = simulate_table(80, seed=8)
+    table = np.column_stack([table, np.full(80, 3.0), np.full(80, np.nan)])
+    data = training_rows(table, standardisation(moments(table)), EncoderSpec())
+    linear = LinearFits(data.rows, outcome(event, time), l1_ratio=0.0)
+    found = linear.fit(np.arange(80), strength)
+    np.testing.assert_array_equal(found[-2:], [0.0, 0.0])
+    assert np.abs(found[:4]).min() > 0.1
+
+
+def test_columns_that_repeat_others_need_a_ridge() -> None:
+    table, event, time = simulate_table(80, seed=9)
+    table = np.column_stack([table, table[:, 0]])
+    with pytest.raises(TrainingDiverged, match="no finite optimum"):
+        _choose((table, event, time), EncoderSpec(ridge=(0.0,), model="mlp"))
+    assert _choose((table, event, time), EncoderSpec(ridge=(0.0, 0.1))).spec.ridge == (0.1,)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_inner_folds_share_events_and_strata_evenly(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    event, strata = rng.random(50) < 0.3, rng.integers(0, 4, 50)
+    event[:4] = True
+    folds = inner_folds(outcome(event, np.ones(50), strata=strata), 3, seed)
+    for rows in (event, ~event, *(event & (strata == s) for s in range(4))):
+        counts = np.bincount(folds[rows], minlength=3)
+        assert counts.max() - counts.min() <= 1
+
+
+@given(seed=st.integers(0, 1000), tied=st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_search_ignores_the_scale_of_columns_and_of_time(seed: int, *, tied: bool) -> None:
+    rng = np.random.default_rng(seed)
+    table = rng.normal(size=(60, 4))
+    event, time = simulate_survival(table[:, 0], rng, round_days=300.0 if tied else 1.0)
+    event[:6] = True
+    spec = EncoderSpec()
+    one = _choose((table, event, time), spec)
+    other = _choose((table * [1, 10, 1e-3, 1e4] + 7, event, 3 * time), spec)
+    losses = [[trial["loss"] for trial in choice.history["tried"]] for choice in (one, other)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
