@@ -80,8 +80,8 @@ def kaplan_meier_figure(record: StudyRecord) -> Figure | None:
     matplotlib.figure.Figure or None
         None where no site released a life table.
     """
-    result, counts = record.results.arms[PROTOCOL], at_risk(record)
-    if result.survival is None or counts is None:
+    result, counts = record.results.arms.get(PROTOCOL), at_risk(record)
+    if result is None or result.survival is None or counts is None:
         return None
     times, unit = readable_units(_edges(record))
     names = [f"{name} risk" for name in group_names(len(counts))]
@@ -147,9 +147,10 @@ def calibration_figure(record: StudyRecord) -> Figure | None:
     matplotlib.figure.Figure or None
         None where no site released calibration sums.
     """
-    found = record.results.arms[PROTOCOL].calibration
-    if found is None:
+    result = record.results.arms.get(PROTOCOL)
+    if result is None or result.calibration is None:
         return None
+    found = result.calibration
     figure = Figure(figsize=(5.4, 5.2), layout="constrained")
     axes = new_axes(figure)
     axes.plot([0, 1], [0, 1], color=GREY, linestyle=DASHED, linewidth=1, zorder=1)

@@ -19,7 +19,7 @@ from flows.figure_style import (
     sentence,
     set_titles,
 )
-from flows.record_values import fusion_terms, site_hazard_ratios
+from flows.record_values import fusion_terms, ratio_name, site_ratios
 from fusion.evaluation import Estimate
 from fusion.federation import PROTOCOL
 from fusion.federation.plan import without
@@ -82,7 +82,12 @@ CONCORDANCE = ForestScale("Concordance (95 % interval)", 0.5, within=(0.0, 1.0))
 GAIN = ForestScale(
     "Concordance lost without it (95 % interval)", 0.0, within=(-1.0, 1.0), decimals=3
 )
-HAZARD_RATIO = ForestScale("Hazard ratio (log scale, 95 % interval)", 1.0, log=True)
+
+
+def ratio_scale(record: StudyRecord) -> ForestScale:
+    """Scale of the fusion model's ratios."""
+    name = sentence(ratio_name(record.protocol.fusion.model))
+    return ForestScale(f"{name} (log scale, 95 % interval)", 1.0, log=True)
 
 
 def draw_forest(axes: Axes, rows: Sequence[ForestRow], scale: ForestScale) -> None:
@@ -170,7 +175,7 @@ def _forest_figure(
 
 
 def modality_weights_figure(record: StudyRecord) -> Figure | None:
-    """Hazard ratio of each modality in the fusion model, and of its absence, with 95 % intervals.
+    """Hazard or odds ratio of each modality in the fusion model, and of its absence.
 
     Returns
     -------
@@ -184,14 +189,14 @@ def modality_weights_figure(record: StudyRecord) -> Figure | None:
     rows = [
         ForestRow(
             f"{x['modality']} {'missing' if x['absent'] else '(per SD)'}",
-            _estimate(x["hazard_ratio"]),
+            _estimate(x["ratio"]),
             "absence" if x["absent"] else "one",
         )
         for x in terms
     ]
     return _forest_figure(
         rows,
-        HAZARD_RATIO,
+        ratio_scale(record),
         title="What each modality adds to the predicted hazard",
         subtitle="Above 1 means worse prognosis",
     )
@@ -214,8 +219,7 @@ def ablation_figure(record: StudyRecord) -> Figure | None:
     ]
     if all(row.estimate is None for row in (*alone, *lost)):
         return None
-    full = results.arms[PROTOCOL].concordance
-    alone.append(ForestRow("All together", full, "pooled"))
+    alone.append(ForestRow("All together", _of_protocol(record), "pooled"))
     figure = Figure(figsize=(10.6, 1.9 + _ROW_INCHES * len(alone)), layout="constrained")
     cells = figure.add_gridspec(1, 2)
     for cell, rows, scale, title, subtitle in (
@@ -229,15 +233,20 @@ def ablation_figure(record: StudyRecord) -> Figure | None:
     return figure
 
 
+def _of_protocol(record: StudyRecord) -> Estimate | None:
+    arm = record.results.arms.get(PROTOCOL)
+    return None if arm is None else arm.concordance
+
+
 def heterogeneity_figure(record: StudyRecord) -> Figure | None:
-    """Each training site's own hazard ratio per modality beside the consortium's.
+    """Each training site's own hazard or odds ratio per modality beside the consortium's.
 
     Returns
     -------
     matplotlib.figure.Figure or None
         None where no two sites could be compared.
     """
-    found, ratios = record.results.heterogeneity, site_hazard_ratios(record)
+    found, ratios, scale = record.results.heterogeneity, site_ratios(record), ratio_scale(record)
     terms = [x for x in fusion_terms(record.fitted.models[PROTOCOL]) if not x["absent"]]
     shown = [i for i in range(len(terms)) if _n_known(ratios, i) >= 2]
     if found is None or not shown:
@@ -249,20 +258,20 @@ def heterogeneity_figure(record: StudyRecord) -> Figure | None:
     panels: list[tuple[Axes, list[ForestRow]]] = []
     for at, i in enumerate(shown):
         rows = [
-            *(ForestRow(x["site"], _estimate(x["hazard_ratios"][i])) for x in ratios),
-            ForestRow("Consortium", _estimate(terms[i]["hazard_ratio"]), "pooled"),
+            *(ForestRow(x["site"], _estimate(x["ratios"][i])) for x in ratios),
+            ForestRow("Consortium", _estimate(terms[i]["ratio"]), "pooled"),
         ]
         axes = new_axes(figure, cells[at // _PANELS_PER_LINE, at % _PANELS_PER_LINE])
-        draw_forest(axes, rows, HAZARD_RATIO)
+        draw_forest(axes, rows, scale)
         set_titles(axes, sentence(terms[i]["modality"]), _inconsistency(found, i))
         panels.append((axes, rows))
     for axes, _ in panels:
-        set_range(axes, [row for _, rows in panels for row in rows], HAZARD_RATIO)
+        set_range(axes, [row for _, rows in panels for row in rows], scale)
     return figure
 
 
 def _n_known(ratios: Sequence[dict[str, Any]], term: int) -> int:
-    return sum(x["hazard_ratios"][term] is not None for x in ratios)
+    return sum(x["ratios"][term] is not None for x in ratios)
 
 
 def _estimate(ratio: dict[str, float] | None) -> Estimate | None:
@@ -273,8 +282,8 @@ def _estimate(ratio: dict[str, float] | None) -> Estimate | None:
 def _inconsistency(found: Heterogeneity, term: int) -> str:
     i_squared, p_value = found.i_squared[term], found.p_value[term]
     if not np.isfinite(i_squared):
-        return "Hazard ratio per SD"
-    return f"Hazard ratio per SD; I² {i_squared:.0%}, Q test p {p_text(p_value)}"
+        return "Per SD"
+    return f"Per SD; I² {i_squared:.0%}, Q test p {p_text(p_value)}"
 
 
 def left_out_figure(record: StudyRecord) -> Figure | None:
@@ -314,8 +323,7 @@ def subgroup_figure(record: StudyRecord) -> Figure | None:
         for variable in dict.fromkeys(x.variable for x in found)
         for row in _of_variable([x for x in found if x.variable == variable])
     ]
-    whole = record.results.arms[PROTOCOL].concordance
-    rows.append(ForestRow("All test patients", whole, "pooled"))
+    rows.append(ForestRow("All test patients", _of_protocol(record), "pooled"))
     return _forest_figure(
         rows,
         CONCORDANCE,

@@ -238,6 +238,11 @@ class StudyProtocol(_Section):
             except ValueError as error:
                 raise ValueError(f"evaluation.subgroups.{error}") from None
         treatment = self.evaluation.treatment
+        if treatment in self.evaluation.subgroups:
+            raise ValueError(
+                f"evaluation.treatment: found {treatment} among the subgroups too, needed it once, "
+                "because its levels are compared by risk group"
+            )
         if treatment and treatment not in spec.categorical:
             raise ValueError(
                 f"evaluation.treatment: found {treatment}, needed a categorical column of "

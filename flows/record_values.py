@@ -71,7 +71,7 @@ def record_values(record: StudyRecord, *, created: datetime) -> dict[str, Any]:
         },
         "encoders": plain(fitted.encoders),
         "networks": {name: len(weights) for name, weights in fitted.networks.items()},
-        "site_coefficients": plain(site_hazard_ratios(record)),
+        "site_coefficients": plain(site_ratios(record)),
         "risk_groups": _risk_groups(record),
         "results": plain(record.results),
         "communication": _communication(record),
@@ -131,7 +131,7 @@ def at_risk(record: StudyRecord) -> Floats | None:
 
 
 def fusion_terms(model: FusionModel) -> list[dict[str, Any]]:
-    """Give one row per modality, then one per modality's absence, with hazard ratios.
+    """Give one row per modality, then one per modality's absence, with hazard or odds ratios.
 
     A term that never varied in training, as where nobody lacks a modality, has no weight: its
     ``varies`` is False and its standard error means nothing.
@@ -146,7 +146,7 @@ def fusion_terms(model: FusionModel) -> list[dict[str, Any]]:
             "varies": bool(abs(beta) > 1e-12),
             "coefficient": float(beta),
             "standard_error": float(error),
-            "hazard_ratio": _ratio(beta, error),
+            "ratio": _ratio(beta, error),
         }
         for (modality, beta, error), flag in zip(rows, absent, strict=True)
     ]
@@ -157,8 +157,13 @@ def _ratio(log_ratio: float, error: float) -> dict[str, float]:
     return dict(zip(("value", "low", "high"), ends.tolist(), strict=True))
 
 
-def site_hazard_ratios(record: StudyRecord) -> list[dict[str, Any]]:
-    """Give each training site's own hazard ratios with intervals, in the order of the terms.
+def ratio_name(fusion_kind: str) -> str:
+    """Name what the exponential of a fusion coefficient is."""
+    return "odds ratio" if fusion_kind == "logistic_hazard" else "hazard ratio"
+
+
+def site_ratios(record: StudyRecord) -> list[dict[str, Any]]:
+    """Give each training site's own hazard or odds ratios, in the order of the terms.
 
     A ratio is None where a site does not inform the term; the list is empty where sites were not
     compared.
@@ -167,7 +172,7 @@ def site_hazard_ratios(record: StudyRecord) -> list[dict[str, Any]]:
     if found is None:
         return []
     return [
-        {"site": site, "hazard_ratios": [_ratio_or_none(*term) for term in zip(*both, strict=True)]}
+        {"site": site, "ratios": [_ratio_or_none(*term) for term in zip(*both, strict=True)]}
         for site, *both in zip(
             _training_sites(record, len(found.estimates)),
             found.estimates.tolist(),

@@ -14,10 +14,10 @@ import pandas as pd
 
 from flows.inputs import shared_table
 from flows.records import Reference
+from fusion.discrete import fit_logistic_hazard
 from fusion.encoder_inputs import take
 from fusion.evaluation import NoComparablePairs, PairCounts, concordance_index, pair_counts
 from fusion.federation import LOCAL_ENCODERS, PROTOCOL
-from fusion.discrete import fit_logistic_hazard
 from fusion.late import LogisticHazardModel, fit_late_fusion, linear_inputs
 from fusion.survival import fit_cox, moments
 
@@ -70,7 +70,9 @@ def compare(
             site: np.array(
                 [
                     true_log_hazard[site][x]
-                    for x in found.patient_ids[~found.train][consortium.studies[site].designs.tested]
+                    for x in found.patient_ids[~found.train][
+                        consortium.studies[site].designs.tested
+                    ]
                 ]
             )
             for site, found in consortium.inputs.items()

@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from flows import report_sentences as sentences
 from flows import report_words as words
-from flows.record_values import KEYS, LEFT
+from flows.figure_style import sentence
+from flows.record_values import KEYS, LEFT, ratio_name
 from flows.report_checklist import CHECKLIST
 from flows.shown import Shown, listed, missing, pointer
 
@@ -135,6 +136,7 @@ def _showing(shown: Shown) -> dict[str, Callable[..., Any]]:
 
     return {
         "key": pointer,
+        "get": shown.get,
         "missing": missing,
         "n": shown.number,
         "t": shown.text,
@@ -181,6 +183,7 @@ def _lists(shown: Shown) -> dict[str, Any]:
     return {
         "compared": arms,
         "compared_names": [words.ARM_WORDS[arm] for arm in arms],
+        "ratio_name": sentence(ratio_name(shown.values["fusion_kind"])),
         "baseline_field": baseline,
         "baseline_name": _BASELINES[baseline],
         "fusion_sharing": words.fusion_sharing(shown.values["fusion_kind"]),

@@ -222,10 +222,10 @@ def _of_validation(shown: Shown) -> Iterator[Markup]:
             "No site is external: how the model does at a hospital that it does not know is not "
             "shown."
         )
-    if local:
+    if local and (external or shown.get("/results/left_out")):
         yield Markup(
-            "External validation is without {}, whose encoders never leave a site: external "
-            "patients count as lacking it."
+            "Validation at other sites is without {}, whose encoders never leave a site: patients "
+            "there count as lacking it."
         ).format(listed(local))
 
 
@@ -289,7 +289,8 @@ def ridge_of(shown: Shown, name: str) -> Markup:
     """Penalty of an encoder, or of the fusion model as ``protocol``, and out of how many."""
     at = pointer("results", "ridge", name)
     if shown.get(at) is None:
-        return missing("chosen at each site")
+        sharing = shown.get(pointer("protocol", "encoder", name, "sharing"))
+        return missing("chosen at each site" if sharing == "local" else "not recorded")
     tried = pointer("protocol", "fusion", "ridge")
     if name != PROTOCOL:
         tried = pointer("protocol", "encoder", name, "ridge")
@@ -304,10 +305,11 @@ def ridge_of(shown: Shown, name: str) -> Markup:
 def cross_fitting_of(shown: Shown, name: str) -> Markup:
     """Whether the fusion model saw out-of-fold log hazards of a modality."""
     encoder: dict[str, Any] | None = shown.get(pointer("encoders", name))
-    # Local encoders and networks are always cross-fitted.
-    if encoder is None or encoder["cross_fitted"]:
-        return Markup("yes")
-    return Markup("no, folds are too small")
+    if encoder is not None:
+        return Markup("yes") if encoder["cross_fitted"] else Markup("no, folds are too small")
+    if shown.get(pointer("protocol", "encoder", name, "sharing")) == "local":
+        return Markup("yes")  # a site cross-fits its own encoders always
+    return missing("not recorded")
 
 
 def inputs_of(shown: Shown, name: str) -> Markup:

@@ -126,9 +126,7 @@ def fit_fusion(coordinator: Coordinator) -> FusionFit:
 
 @task(name="evaluate-models", cache_policy=NO_CACHE, persist_result=False)
 @sealed
-def evaluate_models(
-    coordinator: Coordinator, encoders: Encoders, fusion: FusionFit
-) -> Fitted:
+def evaluate_models(coordinator: Coordinator, encoders: Encoders, fusion: FusionFit) -> Fitted:
     """Collect evaluation sums at every site, external ones included."""
     evaluations = coordinator.evaluate(fusion)
     slope = coordinator.calibration_slope(tuple(evaluations))
@@ -258,7 +256,9 @@ class RoundFiles:
     def load(self, stage: str) -> dict[str, dict[str, Any]]:
         """State of each network of a stage as last saved; empty where there is none."""
         try:
-            found: dict[str, dict[str, Any]] = json.loads((self.folder / f"{stage}.json").read_text())
+            found: dict[str, dict[str, Any]] = json.loads(
+                (self.folder / f"{stage}.json").read_text()
+            )
         except (OSError, ValueError):
             return {}
         return found

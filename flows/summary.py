@@ -68,7 +68,9 @@ def summarise_record(
         "tracking_uri": workspace.mlflow_uri,
         "lowered_minimums": list(record.protocol.privacy.lowered()),
         "coefficients": fitted.models["protocol"].coefficients.tolist(),
-        "released": {arm: _interval(result.concordance) for arm, result in record.results.arms.items()},
+        "released": {
+            arm: _interval(result.concordance) for arm, result in record.results.arms.items()
+        },
     }
     return summary | (comparison(reference) if reference is not None else {})
 

@@ -143,8 +143,8 @@ def fit_cox(
     time: ArrayLike,
     *,
     strata: ArrayLike | None = None,
-    ridge: float = 0.0,
-    l1: float = 0.0,
+    ridge: float | Floats = 0.0,
+    l1: float | Floats = 0.0,
     start: Floats | None = None,
 ) -> NewtonFit:
     """Fit a stratified, penalised Cox model to rows in one place (a site's own, or pooled).
@@ -157,7 +157,7 @@ def fit_cox(
         As in :func:`cox_sums`.
     ridge, l1
         Penalties per patient on the mean log-likelihood: half of ``ridge`` times the squared
-        coefficients, and ``l1`` times the absolute ones.
+        coefficients, and ``l1`` times the absolute ones; a number, or (p,).
     start
         (p,) coefficients to begin from.
 

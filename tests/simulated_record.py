@@ -287,5 +287,4 @@ def bare_record() -> StudyRecord:
         **{**vars(full.fitted), "plan": plan, "sites": hidden, "encoders": {}, "evaluations": {},
            "calibration_slope": None, "rounds": (), "fit_rounds": {}}
     )  # fmt: skip
-    nothing = {x: ArmResult(x, None, {}) for x in (*plan.arms, LOCAL_ONLY)}
-    return StudyRecord(RUN, protocol, fitted, StudyResults(arms=nothing), "0.1.0")
+    return StudyRecord(RUN, protocol, fitted, StudyResults(arms={}), "0.1.0")

@@ -13,12 +13,7 @@ from flows.reports import (
     HIDDEN,
     NOTHING,
     ResultsTable,
-    calibration_figure,
     concordance_over,
-    convergence_figure,
-    figures,
-    kaplan_meier_figure,
-    modality_weights_figure,
     results_table,
     to_markdown,
     to_rich,
@@ -98,7 +93,7 @@ def study_record(*, n_external: int = 60, n_site_03: int = 140, **sections: obje
         EXTERNAL: site_rows(rng, n_external, external=True, slides=False),
     }
     fitted = run_federation(plan, InProcess({s: SiteStudy(plan, x) for s, x in rows.items()}))
-    return StudyRecord("a" * 64, protocol, fitted, summarise(fitted, plan), "0.1.0")
+    return StudyRecord("a" * 64, protocol, fitted, summarise(fitted), "0.1.0")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +124,7 @@ def test_each_row_is_as_long_as_the_columns(record: StudyRecord) -> None:
 
 
 def test_a_cell_holds_the_released_estimate(record: StudyRecord) -> None:
-    estimate = record.results[PROTOCOL].by_site["site-02"]
+    estimate = record.results.arms[PROTOCOL].by_site["site-02"]
     text = f"{estimate.value:.3f} ({estimate.low:.2f}–{estimate.high:.2f})"
     assert cell(results_table(record), "site-02", "Federated") == text
 
@@ -158,7 +153,7 @@ def test_arms_are_compared_on_the_same_patients(record: StudyRecord) -> None:
     table = results_table(record)
     shared = concordance_over(record, PROTOCOL, training)
     assert shared is not None
-    assert shared.value != record.results[PROTOCOL].concordance.value  # type: ignore[union-attr]
+    assert shared.value != record.results.arms[PROTOCOL].concordance.value  # type: ignore[union-attr]
     assert cell(table, "Training sites", "Federated").startswith(f"{shared.value:.3f}")
     assert cell(table, "All sites", "Local only") == NOTHING
 
@@ -166,7 +161,7 @@ def test_arms_are_compared_on_the_same_patients(record: StudyRecord) -> None:
 def test_concordance_over_all_sites_is_the_consortium_s(record: StudyRecord) -> None:
     sites = list(record.fitted.evaluations)
     for arm in (PROTOCOL, LOCAL_ENCODERS, LOCAL_ONLY):
-        assert concordance_over(record, arm, sites) == record.results[arm].concordance
+        assert concordance_over(record, arm, sites) == record.results.arms[arm].concordance
     assert concordance_over(record, PROTOCOL, []) is None
 
 
@@ -231,74 +226,4 @@ def test_the_terminal_table_loses_no_figure(record: StudyRecord, width: int) -> 
     screen = io.StringIO()
     Console(file=screen, width=width).print(to_rich(results_table(with_reference(record))))
     assert "…" not in screen.getvalue()
-    assert f"{record.results[PROTOCOL].by_site['site-02'].value:.3f}" in screen.getvalue()
-
-
-def test_every_figure_is_drawn_and_labelled(record: StudyRecord) -> None:
-    drawn = figures(record)
-    assert set(drawn) == {"kaplan_meier", "calibration", "modality_weights", "convergence"}
-    for figure in drawn.values():
-        written = io.BytesIO()
-        figure.savefig(written, dpi=40)
-        assert written.getvalue().startswith(b"\x89PNG")
-        assert figure.axes[0].get_xlabel()
-        assert figure.axes[0].get_title(loc="left")
-
-
-def test_figures_leave_no_global_state(record: StudyRecord) -> None:
-    from matplotlib import _pylab_helpers, rcParams
-
-    before = dict(rcParams)
-    figures(record)
-    assert dict(rcParams) == before
-    assert not _pylab_helpers.Gcf.figs
-
-
-def test_survival_is_drawn_in_years_from_one(record: StudyRecord) -> None:
-    figure = kaplan_meier_figure(record)
-    assert figure is not None
-    curves = figure.axes[0].get_lines()
-    survival = record.results[PROTOCOL].survival
-    assert survival is not None
-    assert len(curves) == len(survival.value)
-    for curve, value in zip(curves, survival.value, strict=True):
-        assert curve.get_xdata()[-1] == pytest.approx(1825 / 365.25)
-        np.testing.assert_allclose(curve.get_ydata(), [1.0, *value])
-    assert "years" in figure.axes[0].get_xlabel()
-
-
-def test_numbers_at_risk_begin_with_all_test_patients(record: StudyRecord) -> None:
-    figure = kaplan_meier_figure(record)
-    assert figure is not None
-    texts = [x for x in figure.axes[1].texts if x.get_position()[0] == 0.0]
-    n_test = sum(s.n_test for s in record.fitted.sites)
-    assert sum(int(x.get_text()) for x in texts) == n_test
-
-
-def test_weights_are_hazard_ratios_and_skip_flags_that_nobody_raised(record: StudyRecord) -> None:
-    figure = modality_weights_figure(record)
-    assert figure is not None
-    labels = [x.get_text().replace("\n", " ") for x in figure.axes[0].get_yticklabels()]
-    assert sorted(labels[:3]) == ["clinical (per SD)", "pathology (per SD)", "radiology (per SD)"]
-    assert sorted(labels[3:]) == ["pathology missing", "radiology missing"]
-    model = record.fitted.models[PROTOCOL]
-    largest = np.exp(model.coefficients[: len(model.modalities)].max())
-    points = [x for x in figure.axes[0].get_lines() if x.get_marker() == "o"]
-    assert points[0].get_xdata()[0] == pytest.approx(largest)
-
-
-def test_convergence_has_a_panel_per_fitted_stage(record: StudyRecord) -> None:
-    figure = convergence_figure(record)
-    assert figure is not None
-    assert [x.get_title(loc="left") for x in figure.axes] == [
-        "Fitting the encoders",
-        "Fitting the fusion",
-    ]
-
-
-def test_figures_whose_sums_nobody_released_are_left_out() -> None:
-    # With this minimum every life table and calibration table has a small cell somewhere.
-    hidden = study_record(privacy={"cell": 60})
-    assert kaplan_meier_figure(hidden) is None
-    assert calibration_figure(hidden) is None
-    assert set(figures(hidden)) == {"modality_weights", "convergence"}
+    assert f"{record.results.arms[PROTOCOL].by_site['site-02'].value:.3f}" in screen.getvalue()

@@ -1,4 +1,4 @@
-"""Survival sums and Newton's method, against slow formulas and against other packages."""
+"""Survival sums, and fits by them, against slow formulas and against other packages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import warnings
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -14,12 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lifelines import CoxPHFitter, PiecewiseExponentialFitter
 from numpy.testing import assert_allclose
-from sksurv.linear_model import CoxPHSurvivalAnalysis
-from sksurv.util import Surv
 from statsmodels.duration.hazard_regression import PHReg
 
 from fusion.late import baseline_hazard
-from fusion.newton import MAX_ROUNDS, ConvergenceError, LikelihoodSums, NewtonFit
 from fusion.survival import (
     Moments,
     check_outcome,
@@ -30,6 +28,9 @@ from fusion.survival import (
     moments,
 )
 from tests.strategies import Survival, survival
+
+if TYPE_CHECKING:
+    from fusion.newton import LikelihoodSums
 
 GOLDEN = Path(__file__).parent / "golden" / "cox_lung.json"
 
@@ -182,27 +183,6 @@ def test_fit_equals_lifelines_with_strata_and_ridge() -> None:
             assert_allclose(fit.objective * len(x), model.log_likelihood_, rtol=1e-9)
 
 
-def test_fit_equals_scikit_survival_with_ridge() -> None:
-    rows = _rows(n_times=20)
-    for per_patient in (0.0, 0.03):
-        theirs = CoxPHSurvivalAnalysis(
-            alpha=per_patient * len(rows.time), ties="efron", tol=1e-12
-        ).fit(rows.inputs, Surv.from_arrays(rows.event, rows.time))
-        ours = fit_cox(rows.inputs, rows.event, rows.time, ridge=per_patient)
-        assert_allclose(ours.candidate, theirs.coef_, atol=1e-8)
-
-
-def test_fit_equals_statsmodels_with_efron_ties_and_strata() -> None:
-    rows = _rows(n_times=20)
-    theirs = PHReg(
-        rows.time, rows.inputs, status=rows.event.astype(int), strata=rows.strata, ties="efron"
-    ).fit()
-    ours = fit_cox(rows.inputs, rows.event, rows.time, strata=rows.strata)
-    assert_allclose(ours.candidate, theirs.params, atol=1e-7)
-    assert_allclose(np.sqrt(np.diag(ours.covariance)), theirs.bse, rtol=1e-6)
-    assert ours.rounds < 10
-
-
 def test_fit_equals_golden_values() -> None:
     golden = json.loads(GOLDEN.read_text())
     rows = np.array(golden["rows"])
@@ -210,89 +190,6 @@ def test_fit_equals_golden_values() -> None:
     assert_allclose(fit.candidate, golden["coefficients"], atol=1e-7)
     assert_allclose(np.sqrt(np.diag(fit.covariance)), golden["standard_errors"], rtol=1e-6)
     assert_allclose(fit.objective * len(rows), golden["log_likelihood"], rtol=1e-9)
-
-
-def _unruly() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One outlying row whose weight makes the first Newton step far too long."""
-    rng = np.random.default_rng(1)
-    x = np.append(rng.normal(size=60), 60.0)[:, None]
-    time = np.append(rng.permutation(60) + 2.0, 1.0)
-    return x, np.ones(61, dtype=bool), time
-
-
-def test_a_step_that_does_not_improve_is_halved() -> None:
-    x, event, time = _unruly()
-    fit = NewtonFit(n_inputs=1)
-    fit.candidate = np.array([-0.8])
-    accepted, objectives, halved = [], [], 0
-    while not fit.converged:
-        before = fit.accepted
-        fit.advance(cox_sums(x, event, time, fit.candidate))
-        if before is not None and fit.accepted is before and not fit.converged:
-            halved += 1
-            assert_allclose(fit.candidate, before + fit.step)
-        else:
-            accepted.append(fit.accepted)
-            objectives.append(fit.objective)
-    assert halved > 0
-    assert all(b >= a - 1e-11 * abs(a) for a, b in pairwise(objectives))
-    at = cox_sums(x, event, time, fit.candidate)
-    assert_allclose(at.gradient, 0.0, atol=1e-6)
-
-
-@pytest.mark.parametrize("n", [40, 41, 97])
-def test_singular_information_is_said_plainly(n: int) -> None:
-    rows = _rows(n)
-    rng = np.random.default_rng(n)
-    x = np.column_stack([rows.inputs[:, :2], rows.inputs[:, :2] @ rng.normal(size=2)])
-    with pytest.raises(ConvergenceError, match=r"singular; raise the ridge or drop an input"):
-        fit_cox(x, rows.event, rows.time)
-    constant = np.column_stack([rows.inputs, np.ones(n)])
-    with pytest.raises(ConvergenceError, match="singular"):
-        fit_cox(constant, rows.event, rows.time)
-    assert fit_cox(x, rows.event, rows.time, ridge=0.01).converged
-
-
-def test_separated_patients_need_a_ridge() -> None:
-    time = np.arange(1.0, 41.0)
-    x = -time[:, None] / 10.0  # who is worse dies first, always
-    event = np.ones(40, dtype=bool)
-    with pytest.raises(ConvergenceError, match="raise the ridge"):
-        fit_cox(x, event, time)
-    assert fit_cox(x, event, time, ridge=0.01).converged
-
-
-def test_no_events_and_endless_fits_are_errors() -> None:
-    with pytest.raises(ConvergenceError, match="no events"):
-        fit_cox(np.ones((5, 1)), np.zeros(5), np.ones(5))
-    with pytest.raises(ConvergenceError, match="no events"):
-        NewtonFit(n_inputs=1).advance(LikelihoodSums(0.0, np.zeros(1), np.zeros((1, 1)), 0, 0))
-    fit = NewtonFit(n_inputs=1)
-    for k in range(MAX_ROUNDS):
-        fit.advance(LikelihoodSums(float(k), np.ones(1), np.eye(1), 9, 5))
-    with pytest.raises(ConvergenceError, match=f"{MAX_ROUNDS} rounds"):
-        fit.advance(LikelihoodSums(99.0, np.ones(1), np.eye(1), 9, 5))
-    with pytest.raises(ConvergenceError, match="at the start"):
-        NewtonFit(n_inputs=1).advance(LikelihoodSums(np.nan, np.zeros(1), np.eye(1), 9, 5))
-
-
-def test_a_restarted_fit_ends_at_the_optimum_of_who_remains() -> None:
-    rows = _rows()
-    fit = NewtonFit(n_inputs=4, ridge=0.01)
-    for _ in range(3):
-        fit.advance(cox_sums(rows.inputs, rows.event, rows.time, fit.candidate, strata=rows.strata))
-    kept = fit.accepted
-    fit.restart()
-    assert fit.candidate is kept
-    fit.restart()  # a second site leaves before any sums came
-    assert fit.candidate is kept
-    here = rows.strata != 0
-    left = Survival(rows.inputs[here], rows.event[here], rows.time[here], rows.strata[here])
-    while not fit.converged:
-        fit.advance(cox_sums(left.inputs, left.event, left.time, fit.candidate, strata=left.strata))
-    alone = fit_cox(left.inputs, left.event, left.time, strata=left.strata, ridge=0.01)
-    assert_allclose(fit.candidate, alone.candidate, atol=1e-9)
-    assert (fit.n_patients, fit.n_events) == (len(left.time), left.event.sum())
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from sksurv.linear_model import CoxPHSurvivalAnalysis
+from sksurv.linear_model import CoxnetSurvivalAnalysis, CoxPHSurvivalAnalysis
 from sksurv.metrics import concordance_index_censored
 
 from fusion.encoder_inputs import pool_bags
@@ -51,6 +53,76 @@ def test_linear_encoder_is_the_newton_estimate(round_days: float, ridge: float) 
     standardised = (table - table.mean(axis=0)) / table.std(axis=0, ddof=1)
     newton = fit_cox(standardised, event, time, strata=strata, ridge=ridge).candidate
     np.testing.assert_allclose(encoder.networks[0].head.numpy(), newton, atol=1e-7)
+
+
+@pytest.mark.parametrize("ridge", [0.02, 0.3])
+def test_linear_encoder_is_the_ridge_model_of_scikit_survival(ridge: float) -> None:
+    table, event, time = simulate_table(120, seed=21)
+    encoder = fit_encoder(table, event, time, EncoderSpec(ridge=ridge), seed=0)
+    expected = _ridge_reference(table, event, time, table, ridge)
+    raw = encoder.log_hazard(table) * encoder.scale
+    np.testing.assert_allclose(raw, expected - expected.mean(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("strength", "l1_ratio"), [(0.05, 0.5), (0.05, 1.0), (0.15, 0.9)])
+def test_linear_encoder_is_the_elastic_net_of_scikit_survival(
+    strength: float, l1_ratio: float
+) -> None:
+    rng = np.random.default_rng(22)
+    table = rng.normal(size=(150, 12))
+    hazard = table[:, :3] @ np.array([0.9, -0.7, 0.5])
+    event, time = simulate_survival(hazard, rng, round_days=1e-9)  # no ties: it is Breslow's
+    encoder = fit_encoder(
+        table, event, time, EncoderSpec(ridge=strength, l1_ratio=l1_ratio), seed=0
+    )
+    survival = np.array(list(zip(event, time, strict=True)), dtype=[("event", "?"), ("time", "f8")])
+    standardised = (table - table.mean(axis=0)) / table.std(axis=0, ddof=1)
+    reference = CoxnetSurvivalAnalysis(
+        alphas=[strength], l1_ratio=l1_ratio, normalize=False, tol=1e-14, max_iter=1_000_000
+    ).fit(standardised, survival)
+    found = encoder.networks[0].head.numpy()
+    np.testing.assert_allclose(found, reference.coef_[:, 0], atol=1e-6)
+    assert (found == 0.0).any()
+
+
+def test_elastic_net_chooses_its_strength_and_drops_what_says_nothing() -> None:
+    table, event, time = simulate_table(500, seed=23)
+    encoder = fit_encoder(table, event, time, EncoderSpec(l1_ratio=0.9), seed=0)
+    head = encoder.networks[0].head.numpy()
+    assert (head[:4] != 0.0).all()
+    assert (head[4:] == 0.0).sum() >= 3
+    assert len(encoder.history["tried"]) == 5
+
+
+def test_ensemble_averages_networks_of_different_seeds() -> None:
+    table, event, time = simulate_table(80, seed=24)
+    spec = EncoderSpec(model="mlp", ridge=0.1, ensemble=3, max_steps=10, patience=10)
+    encoder = fit_encoder(table, event, time, spec, seed=0)
+    assert len({network.hidden.weight[0, 0].item() for network in encoder.networks}) == 3
+    alone = [replace(encoder, networks=(network,)) for network in encoder.networks]
+    mean = np.mean([one.log_hazard(table) for one in alone], axis=0)
+    np.testing.assert_allclose(encoder.log_hazard(table), mean, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["linear", "mlp"])
+def test_choice_inside_a_fold_never_sees_the_output_fold(model: str) -> None:
+    table, event, time = simulate_table(90, seed=25)
+    folds = np.arange(90) % 3
+    spec = EncoderSpec(model=model, max_steps=10)
+    clean = cross_fit(table, event, time, folds, spec, seed=1)
+    own = folds == 2
+    table[own], time[own] = 50.0, 1.0
+    poisoned = cross_fit(table, event, time, folds, spec, seed=1)
+    assert poisoned.encoders[2].history == clean.encoders[2].history
+    assert poisoned.encoders[0].history != clean.encoders[0].history
+
+
+@pytest.mark.parametrize("model", ["gated_attention", "mean_pooling"])
+def test_bags_of_one_tile_are_enough(model: str) -> None:
+    bags, event, time = simulate_bags(50, seed=26, dim=8)
+    single = [bag[:1] for bag in bags]
+    spec = EncoderSpec(model=model, max_steps=10, n_components=4)
+    assert np.isfinite(fit_encoder(single, event, time, spec, seed=0).log_hazard(single)).all()
 
 
 @pytest.mark.parametrize("n", [80, 150, 300])

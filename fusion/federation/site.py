@@ -47,7 +47,7 @@ _LOWEST: Final = -1e100
 # Far above any model's, far below where its exponential overflows.
 _HIGHEST_LOG_HAZARD: Final = 300.0
 _ONCE: Final = (
-    m.AskProducts, m.SetComponents, m.SetEncoders, m.SetNetworks, m.SetGrid,
+    m.AskProducts, m.SetComponents, m.SetEncoders, m.SetGrid,
     m.AskIntervals, m.AskEvaluation,
 )  # fmt: skip
 
@@ -351,7 +351,9 @@ class SiteStudy:
             fit: weights[: self.plan.n_weights(fit)]
             for fit, weights in zip(request.fits, request.weights, strict=True)
         }
-        self._networks |= fitted
+        for fit, weights in fitted.items():
+            if not np.array_equal(self._networks.setdefault(fit, weights), weights):
+                raise NotReleased("already_answered")
         for modality, network in self.rows.networks.items():
             if modality not in fitted:
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from fusion.evaluation import (
     observed_expected,
     pair_counts,
     pair_cross,
+    releasable_thresholds,
     subgroup_sums,
     treatment_sums,
     uno_pair_counts,
@@ -230,27 +231,41 @@ def _details(
 ) -> dict[str, Floats]:
     """Give the protocol's arm by subgroup, by threshold of net benefit, and by treatment."""
     plan, test = designs.plan, designs.test
+    told = log_hazard is not None
     scores = log_hazard if log_hazard is not None else np.zeros(len(test))
-    at_edges, expected, seen = _expected(plan, request.baseline[0], scores, test)
-    edges = np.array(plan.edges_days)
-    at_horizon = hazard_at(at_edges, edges, np.full(len(test), plan.horizon_days))
+    _, expected, seen = _expected(plan, request.baseline[0], scores, test)
     pairs, sums = _by_subgroup(designs, scores, expected, seen)
-    decision = decision_sums(
-        1.0 - np.exp(-at_horizon),
-        test.event,
-        test.time,
-        thresholds=plan.thresholds,
-        horizon=plan.horizon_days,
-        censoring=curve,
-        cell=plan.minimum.cell,
-    )
     group = np.searchsorted(request.groups[0], scores)
     return {
-        "subgroup_pairs": pairs,
-        "subgroup_expected": sums,
-        "decision": decision.to_vector(),
-        "treatment": _by_treatment(designs, group, edges),
+        "subgroup_pairs": told * pairs,
+        "subgroup_expected": told * sums,
+        "decision": told * _by_threshold(request, designs, scores, curve),
+        "treatment": told * _by_treatment(designs, group),
     }
+
+
+def _by_threshold(
+    request: m.AskEvaluation, designs: SiteDesigns, log_hazard: Floats, curve: CensoringCurve
+) -> Floats:
+    """Net benefit's sums, but of no threshold with a few patients between it and a risk group."""
+    plan, test = designs.plan, designs.test
+    asked: dict[str, Any] = {
+        "thresholds": plan.thresholds,
+        "horizon": plan.horizon_days,
+        "cell": plan.minimum.cell,
+    }
+    risk = _risk(plan, request.baseline[0], log_hazard)
+    found = decision_sums(risk, test.event, test.time, censoring=curve, **asked)
+    cuts = _risk(plan, request.baseline[0], request.groups[0])
+    shown = releasable_thresholds(risk, test.event, test.time, also_cut=cuts, **asked)
+    return found.only(shown).to_vector()
+
+
+def _risk(plan: FederationPlan, baseline: Floats, log_hazard: Floats) -> Floats:
+    """(n,) probability of the event by the horizon."""
+    at_edges = hazard_at_edges(plan, baseline, log_hazard)
+    horizon = np.full(len(log_hazard), plan.horizon_days)
+    return np.asarray(-np.expm1(-hazard_at(at_edges, np.array(plan.edges_days), horizon)))
 
 
 def _by_subgroup(
@@ -260,6 +275,7 @@ def _by_subgroup(
     plan, test, rows = designs.plan, designs.test, designs.rows
     unknown = np.full(len(test), -1.0)
     pairs, sums = [np.zeros((0, _N_PAIR_SUMS))], [np.zeros((0, _N_EXPECTED_SUMS))]
+    told: list[Floats] = []
     for variable, levels in plan.subgroups.items():
         codes = (
             rows.subgroups[variable].test[designs.tested] if variable in rows.subgroups else unknown
@@ -273,12 +289,15 @@ def _by_subgroup(
             n_groups=len(levels),
             minimum=plan.minimum,
         )
-        pairs.append(found.pairs)
-        sums.append(found.expected)
+        # Two variables that part the patients almost alike would tell of those few by subtraction.
+        apart = not any(0 < int((codes != other).sum()) < plan.minimum.cell for other in told)
+        told.append(codes)
+        pairs.append(apart * found.pairs)
+        sums.append(apart * found.expected)
     return np.concatenate(pairs), np.concatenate(sums)
 
 
-def _by_treatment(designs: SiteDesigns, group: NDArray[np.intp], edges: Floats) -> Floats:
+def _by_treatment(designs: SiteDesigns, group: NDArray[np.intp]) -> Floats:
     """Life tables by risk group and treatment, flattened; empty where none is compared."""
     plan, test = designs.plan, designs.test
     if not plan.treatments:
@@ -290,7 +309,7 @@ def _by_treatment(designs: SiteDesigns, group: NDArray[np.intp], edges: Floats) 
         test.time,
         group,
         unknown if recorded is None else recorded.test[designs.tested],
-        np.append(0.0, edges),
+        np.append(0.0, plan.edges_days),
         shape=(plan.n_risk_groups, len(plan.treatments)),
         cell=plan.minimum.cell,
     ).to_vector()
