@@ -62,10 +62,11 @@ def report(
 
 def _chosen(scored: Sequence[Scored]) -> Figures:
     """Per fit, in how many splits the federation chose which penalty."""
-    return {
-        name: {f"{x:g}": n for x, n in sorted(Counter(one.ridge[name] for one in scored).items())}
-        for name in scored[0].ridge
-    }
+    found: dict[str, Counter[str]] = {}
+    for one in scored:
+        for name, ridge in one.ridge.items():
+            found.setdefault(name, Counter())[f"{ridge:.2g}"] += 1
+    return {name: dict(sorted(n.items(), key=lambda x: float(x[0]))) for name, n in found.items()}
 
 
 def _of_arm(one: Scored, arm: str) -> Floats:

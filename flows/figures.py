@@ -208,9 +208,10 @@ def net_benefit_figure(record: StudyRecord) -> Figure | None:
     set_titles(axes, "Decision curve", "Higher is better; the band is the 95 % interval")
     axes.set(xlabel=f"Risk by {horizon} at which one would treat", ylabel="Net benefit per patient")
     # What treating everybody loses at high thresholds would flatten all the rest.
-    top = max(model.max(), everybody.max(), 0.02)
-    axes.set_ylim(max(min(low.min(), everybody.min()), -0.5 * top), 1.15 * max(high.max(), top))
-    in_percent(axes.xaxis)
+    top = max(model.max(), everybody.max(), high.max(), 0.02)
+    axes.set_ylim(max(min(low.min(), everybody.min(), -0.05 * top), -0.4 * top), 1.15 * top)
+    behind = zip(cuts, found.n_patients[shown], strict=True)
+    axes.set_xticks(cuts, [f"{cut:.0%}\nn = {n:.0f}" for cut, n in behind])
     axes.legend(frameon=False, loc="upper right", labelcolor=INK)
     return figure
 
@@ -261,6 +262,7 @@ def convergence_figure(record: StudyRecord) -> Figure | None:
     stages = {
         stage: [r for r in record.fitted.rounds if r.stage == stage and np.isfinite(r.objective)]
         for stage in dict.fromkeys(r.stage for r in record.fitted.rounds)
+        if not stage.endswith("_ridge")  # fits that only choose a penalty
     }
     stages = {stage: rounds for stage, rounds in stages.items() if rounds}
     if not stages:

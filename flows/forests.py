@@ -157,7 +157,7 @@ def _hazard_ratio_range(axes: Axes, ends: np.ndarray) -> None:
     low, high = min(ends.min() / 1.05, 0.8), max(ends.max() * 1.05, 1.25)
     ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0]
     if high / low < 6:
-        ticks += [0.67, 0.8, 1.25, 1.5, 3.0]
+        ticks += [1.5, 3.0] if high / low > 3 else [0.67, 0.8, 1.25, 1.5]
     axes.set_xticks([x for x in ticks if low <= x <= high])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))

@@ -140,6 +140,7 @@ def _showing(shown: Shown) -> dict[str, Callable[..., Any]]:
         "missing": missing,
         "n": shown.number,
         "t": shown.text,
+        "named": shown.name,
         "items": shown.items,
         "est": shown.estimate,
         "change": shown.difference,

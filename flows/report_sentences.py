@@ -235,7 +235,8 @@ def _of_the_encoders(shown: Shown) -> Iterator[Markup]:
     if optimistic:
         yield Markup(
             "{}: fitted without out-of-fold predictions, as some site's folds are too small; the "
-            "fusion model saw it more optimistic than it is and may weigh it too much."
+            "fusion model saw these log hazards more optimistic than they are and may weigh them "
+            "too much."
         ).format(listed(optimistic))
     by_default = [
         name
@@ -261,8 +262,8 @@ def _of_the_fusion(shown: Shown) -> Iterator[Markup]:
     ]
     if idle:
         yield Markup(
-            "Without {} alone the model does no worse, as far as these test patients tell."
-        ).format(Markup(", or without ").join(idle))
+            "Leaving out {} makes the model no worse, as far as these test patients tell."
+        ).format(Markup(", or leaving out ").join(idle))
     if any(not term["varies"] for term in shown.get(pointer("models", PROTOCOL, "terms"))):
         yield Markup(
             "A term that never varied in training has no weight; a patient in whom it does is "

@@ -59,7 +59,11 @@ def formatted(value: float, how: str) -> str:
     """
     form = _FORMS.get(how)
     text = form(value) if form is not None else format(value, how)
-    return text.replace("-", "−")
+    return _unsigned_zero(text).replace("-", "−")
+
+
+def _unsigned_zero(text: str) -> str:
+    return text if any(x in "123456789<" for x in text) else text.lstrip("-+")
 
 
 def _bytes(n: float) -> str:
@@ -135,6 +139,11 @@ class Shown:
         if not value:
             return missing(why or "not told")
         return self._marked(at, value, str(value))
+
+    def name(self, at: str) -> Markup:
+        """Show a name, with spaces for its underscores."""
+        value = str(self.get(at))
+        return self._marked(at, value, value.replace("_", " "))
 
     def items(self, at: str) -> Markup:
         """Show the texts of a list, with commas."""

@@ -168,7 +168,8 @@ def at_risk_and_events(
 ) -> tuple[Floats, Floats]:
     """Patients at risk and observed events per interval, as :func:`hazard_sums` counts them.
 
-    An interval without events has no finite log odds: merge it with a neighbour before a fit.
+    An interval without an event, or that nobody at risk survived, has no finite log odds: merge it
+    with a neighbour before a fit.
 
     Returns
     -------
@@ -210,15 +211,16 @@ def fit_logistic_hazard(
     Raises
     ------
     ValueError
-        If an interval has no event.
+        If an interval has no event, or nobody who survived it.
     ConvergenceError
         If there is no finite maximum.
     """
     x = np.asarray(inputs, dtype=np.float64)
-    events = at_risk_and_events(event, time, edges_days)[1]
-    if not events.all():
+    at_risk, events = at_risk_and_events(event, time, edges_days)
+    one_sided = int(((events == 0) | (events == at_risk)).sum())
+    if one_sided > 0:
         raise ValueError(
-            f"edges_days: found {int((events == 0).sum())} intervals without an event, needed one "
+            f"edges_days: found {one_sided} intervals without an event or a survivor, needed both "
             "in each; merge intervals"
         )
     k, p = len(events), x.shape[1]

@@ -5,6 +5,7 @@ A site's sums add to the consortium's, so that fitting them is fitting the poole
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 MAX_ROUNDS = 25
 # What the model still promises, per patient: below it the next step moves no coefficient by 1e-9.
 TOLERANCE = 1e-18
-# A candidate keeps this share of the rise that its slope promised, or the step is shortened.
+# A candidate keeps this share of the rise that its slope promised, or the step is shortened, to
+# this share of itself at the least.
 _LEAST_SHARE = 0.1
 _MAX_SWEEPS = 1000
 _SINGULAR = "Newton fit: the information matrix is singular; raise the ridge or drop an input"
@@ -65,15 +67,16 @@ class LikelihoodSums:
 class _Point:
     """Penalised mean log-likelihood at some coefficients, and derivatives of its smooth part."""
 
-    away: Floats  # (p,) coefficients less the centre
+    at: Floats  # (p,) coefficients
+    away: Floats  # (p,) the same, less the centre
     objective: float
     gradient: Floats
     information: Floats
 
     @property
     def is_finite(self) -> bool:
-        values = (self.objective, self.gradient.sum(), self.information.sum())
-        return bool(np.isfinite(values).all())
+        values = (self.objective, self.gradient, self.information)
+        return all(bool(np.isfinite(x).all()) for x in values)
 
 
 @dataclass
@@ -188,6 +191,7 @@ class NewtonFit:
         away = self.candidate - self._centre
         penalty = 0.5 * self._ridge @ away**2 + self._l1 @ np.abs(away)
         return _Point(
+            self.candidate,
             away,
             sums.log_likelihood / n - float(penalty),
             sums.gradient / n - self._ridge * away,
@@ -216,7 +220,7 @@ class NewtonFit:
         self.step = step
         if before is not None and not self._l1.any():
             self.step = step + _bend(before, point, step, inverse)
-        self.candidate = self.accepted + self.step
+        self.candidate = point.at + self.step
 
     def _shorten(self, here: _Point, point: _Point) -> None:
         share = _LEAST_SHARE
@@ -225,10 +229,9 @@ class NewtonFit:
             rise = self._rise(here, self.step)
             share = _cubic_maximum(rise, point.objective - here.objective, slope)
         self.step = share * self.step
-        self.candidate = here.away + self._centre + self.step
-        if float(np.abs(self.step).max()) < 1e-12 and self.accepted is not None:
-            # No smaller step helps: the objective is flat to rounding here.
-            self.candidate, self.converged = self.accepted, True
+        # Where no smaller step helps, the objective is flat to rounding.
+        self.converged = float(np.abs(self.step).max()) < 1e-12
+        self.candidate = here.at if self.converged else here.at + self.step
 
 
 def _vector(name: str, value: ArrayLike, p: int) -> Floats:
@@ -249,9 +252,10 @@ def _penalty(name: str, value: ArrayLike, p: int) -> Floats:
 def _cubic_maximum(slope_here: float, gained: float, slope_there: float) -> float:
     """Share of a step at which the cubic through both ends is largest, between 0.1 and 0.9."""
     bend = slope_here + slope_there - 3.0 * gained
-    root = np.sqrt(max(bend * bend - slope_here * slope_there, 0.0))
+    root = math.sqrt(max(bend * bend - slope_here * slope_there, 0.0))
     share = 1.0 - (slope_there - root - bend) / (slope_there - slope_here - 2.0 * root)
-    return float(np.clip(share, 0.1, 0.9))
+    # In this order a share that is not a number becomes the least.
+    return min(max(_LEAST_SHARE, share), 1.0 - _LEAST_SHARE)
 
 
 def _bend(before: _Point, point: _Point, step: Floats, inverse: Floats) -> Floats:

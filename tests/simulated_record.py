@@ -128,11 +128,18 @@ def evaluation(plan: Any, n_test: int) -> m.Evaluation:
 
 
 def rounds() -> tuple[RoundRecord, ...]:
-    stages = ["describe", "moments", *["encoders"] * 6, *["fusion"] * 5, "baseline", "evaluation"]
+    stages = [
+        "describe",
+        "encoder_ridge",
+        *["encoders"] * 6,
+        *["fusion"] * 5,
+        "baseline",
+        "evaluation",
+    ]
     return tuple(
         RoundRecord(
             i + 1, stage, 3, 8 if stage == "encoders" else 5,
-            -2.5 - 0.5 ** (i - 1) if stage in ("encoders", "fusion") else math.nan,
+            math.nan if stage in ("describe", "evaluation", "baseline") else -2.5 - 0.5 ** (i - 1),
             5_000 + 100 * i, 48_000 + 10 * i, 0.031,
         )
         for i, stage in enumerate(stages)

@@ -199,7 +199,8 @@ def test_every_rule_lowers_the_loss_and_returns_its_best(sites: list[Site], rule
         seen.append(fit.candidate)
         fit.advance([s.update(fit.candidate, LocalSteps(3, 0.3, 0.01)) for s in sites])
     losses = [
-        sum(s.event.sum() * s.loss_gradient(w)[0] for s in sites) / sum(s.event.sum() for s in sites)
+        sum(s.event.sum() * s.loss_gradient(w)[0] for s in sites)
+        / sum(s.event.sum() for s in sites)
         for w in seen
     ]
     assert_array_equal(fit.candidate, seen[int(np.argmin(losses))])

@@ -282,7 +282,7 @@ def test_sums_of_a_candidate_far_out_draw_the_step_back() -> None:
     fit = NewtonFit(n_inputs=1, ridge=0.1)
     fit.advance(LikelihoodSums(-30.0, np.ones(1), np.eye(1), 10, 5))
     kept = fit.accepted
-    for far in (np.nan, -1e100, -np.inf):
+    for far in (np.nan, -1e100, -np.inf, -1e300):
         step = float(fit.step[0])
         fit.advance(LikelihoodSums(far, np.zeros(1), np.zeros((1, 1)), 10, 5))
         assert fit.accepted is kept

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypedDict
 
 import numpy as np
 
+from fusion.discrete import at_risk_and_events, fit_logistic_hazard, hazard_sums
 from fusion.late.gated import (
     GATE_DECAY,
     gated_log_hazard,
@@ -137,7 +138,8 @@ class CoxFusion:
             If there is no event, or no finite maximum.
         """
         rows = _rows(columns, y, strata, len(self.modalities))
-        self.ridge_ = _chosen(rows, self.ridge, _cox_coefficients, _cox_log_likelihood, self.seed)
+        folds = _folds(rows, self.seed)
+        self.ridge_ = _chosen(rows, self.ridge, _cox_coefficients, _cox_log_likelihood, folds)
         self.model_ = _cox_model(rows, self.modalities, self.edges_days, self.ridge_)
         return self
 
@@ -159,7 +161,8 @@ class LogisticHazardFusion:
     modalities, ridge, seed
         As in :class:`CoxFusion`; the ridge leaves the intervals' log odds alone.
     edges_days
-        (k,) right ends of the intervals: few and wide, each with events.
+        Right ends of the intervals, few and wide. Those without an event or a survivor are merged,
+        and the grid ends where follow-up does, so that the model may have fewer.
 
     Attributes
     ----------
@@ -179,21 +182,24 @@ class LogisticHazardFusion:
     ) -> LogisticHazardFusion:
         """Fit the model to out-of-fold modality log hazards; see :meth:`CoxFusion.fit`.
 
-        Strata get a shrunken intercept each, which predictions do not use.
+        Each stratum has log odds of its own beside those of the intervals, shrunken toward 0, which
+        predictions do not use.
         """
-        edges = np.asarray(self.edges_days, dtype=np.float64)
+        asked = np.asarray(self.edges_days, dtype=np.float64)
         rows = _rows(columns, y, strata, len(self.modalities))
+        folds = _folds(rows, self.seed)
+        in_folds = _merged(asked, [rows.at(folds != fold) for fold in np.unique(folds)])
 
         def coefficients(some: _Rows, ridge: float) -> Floats:
-            return _logistic_fit(some, edges, ridge).candidate
+            return _logistic_fit(some, in_folds, ridge).candidate
 
         def log_likelihood(some: _Rows, at: Floats) -> float:
-            from fusion.discrete import hazard_sums
+            return hazard_sums(
+                some.inputs, some.event, some.time, at, edges_days=in_folds, strata=some.strata
+            ).log_likelihood
 
-            found = hazard_sums(some.inputs, some.event, some.time, at, edges_days=edges)
-            return found.log_likelihood
-
-        self.ridge_ = _chosen(rows, self.ridge, coefficients, log_likelihood, self.seed)
+        self.ridge_ = _chosen(rows, self.ridge, coefficients, log_likelihood, folds)
+        edges = _merged(asked, [rows])
         fit, k = _logistic_fit(rows, edges, self.ridge_), len(edges)
         self.model_ = LogisticHazardModel(
             modalities=tuple(self.modalities),
@@ -252,8 +258,9 @@ class GatedFusion:
     ) -> GatedFusion:
         """Fit the model to out-of-fold modality log hazards; see :meth:`CoxFusion.fit`."""
         rows = _rows(columns, y, strata, len(self.modalities))
-        self.ridge_ = _chosen(rows, self.ridge, _cox_coefficients, _cox_log_likelihood, self.seed)
-        self.decay_ = _chosen(rows, self.decay, self._weights, self._log_likelihood, self.seed)
+        folds = _folds(rows, self.seed)
+        self.ridge_ = _chosen(rows, self.ridge, _cox_coefficients, _cox_log_likelihood, folds)
+        self.decay_ = _chosen(rows, self.decay, self._weights, self._log_likelihood, folds)
         linear = _cox_model(rows, self.modalities, self.edges_days, self.ridge_)
         weights = self._weights(rows, self.decay_)
         log_hazard = gated_log_hazard(weights, rows.inputs, self.hidden)
@@ -392,12 +399,38 @@ def _cox_model(
 
 
 def _logistic_fit(rows: _Rows, edges_days: Floats, ridge: float) -> NewtonFit:
-    from fusion.discrete import fit_logistic_hazard
-
+    if np.any(_one_sided(rows, edges_days)):
+        raise ConvergenceError(
+            "logistic hazard: found no interval with both events and survivors, needed one"
+        )
     return fit_logistic_hazard(
         rows.inputs, rows.event, rows.time,
         edges_days=edges_days, strata=rows.strata, ridge=ridge,
     )  # fmt: skip
+
+
+def _one_sided(rows: _Rows, edges_days: Floats) -> tuple[Bools, Bools]:
+    """(k,) intervals without an event, and those that nobody is known to have survived."""
+    at_risk, events = at_risk_and_events(rows.event, rows.time, edges_days)
+    return events == 0, events == at_risk
+
+
+def _merged(edges_days: Floats, parts: Sequence[_Rows]) -> Floats:
+    """Edges of intervals that have events and survivors in every part, as far as there are any.
+
+    An interval that lacks either is merged with the next. The last one is merged with the one
+    before if it lacks events only; if nobody was followed through it, the grid ends before it.
+    """
+    edges = edges_days
+    while len(edges) > 1:
+        sides = [_one_sided(part, edges) for part in parts]
+        nobody_dies, nobody_survives = np.logical_or.reduce(sides)
+        found = np.flatnonzero(nobody_dies | nobody_survives)
+        if found.size == 0:
+            break
+        at, last = int(found[0]), len(edges) - 1
+        edges = np.delete(edges, last - 1 if at == last and not nobody_survives[last] else at)
+    return edges
 
 
 def _trained(rows: _Rows, start: Floats, *, hidden: int, ridge: float, decay: float) -> Floats:
@@ -430,7 +463,7 @@ def _chosen(
     strengths: Strengths,
     fit: _Fit,
     log_likelihood: _LogLikelihood,
-    seed: int,
+    folds: NDArray[np.intp],
 ) -> float:
     r"""Penalty of the greatest cross-validated partial likelihood; of equal ones the larger.
 
@@ -449,7 +482,6 @@ def _chosen(
         raise ValueError(f"penalty: found {strengths}, needed finite values of at least 0")
     if tried.size == 1:
         return float(tried[0])
-    folds = _folds(rows, seed)
     scores = np.array([_held_out(rows, x, fit, log_likelihood, folds) for x in tried])
     best = scores.max()
     worst_equal = best - _SAME * abs(best) if np.isfinite(best) else best

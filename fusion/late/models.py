@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, runtime_checka
 
 import numpy as np
 
+from fusion.discrete import survival_from_log_odds
 from fusion.late.gated import gates, unpack
 from fusion.late.inputs import checked_columns, fusion_inputs, plain_values
 from fusion.survival import cumulative_hazard
@@ -201,11 +202,13 @@ class LogisticHazardModel:
 
     def predict_survival_function(self, columns: ArrayLike, times_days: ArrayLike) -> Floats:
         """(n, t) probability of surviving beyond each time, in days from the landmark."""
-        from fusion.discrete import survival_from_log_odds
-
-        return survival_from_log_odds(
-            self.alpha, self.predict(columns), self.edges_days, np.asarray(times_days)
+        log_odds, times = self.predict(columns), np.asarray(times_days, dtype=np.float64)
+        survival = np.full((len(log_odds), len(times)), np.nan)
+        known = ~np.isnan(log_odds)
+        survival[known] = survival_from_log_odds(
+            self.alpha, log_odds[known], self.edges_days, times
         )
+        return survival
 
     def contributions(self, columns: ArrayLike) -> Floats:
         """(n, m) part of each modality in the log odds ratio; they sum to :meth:`predict`."""
