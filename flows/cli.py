@@ -53,6 +53,8 @@ class UsageError(ValueError):
 
 def main() -> None:
     """Run the command; bad input ends with one sentence on standard error and exit status 2."""
+    # Our matrices are small: more threads in each product only wait for one another.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         app()
     except KeyboardInterrupt:
@@ -176,6 +178,49 @@ def ui(
     if prefect_port == mlflow_port:
         raise UsageError(f"--mlflow-port: found {mlflow_port} for both pages, needed two ports")
     open_ui(folder, prefect_port=prefect_port, mlflow_port=mlflow_port)
+
+
+@app.command()
+def report(
+    run: Annotated[
+        str | None, typer.Argument(help="Run, or the first characters of its name; the newest.")
+    ] = None,
+    root: Root = Path(),
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; by default report.html of the run.")
+    ] = None,
+) -> None:
+    """Write the report of a finished run as one web page that needs nothing else."""
+    from flows.report_files import REPORT, render_again
+    from modalities.files import replacing
+
+    folder = _run_folder(root, run)
+    target = folder / REPORT if out is None else out
+    text = render_again(folder)
+    with replacing(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    _say(f"wrote {target}")
+
+
+def _run_folder(root: Path, run: str | None) -> Path:
+    """Folder of the run that is meant: the newest, or the only one whose name begins so."""
+    from flows.report_files import RECORD
+
+    # A demo or a study folder may be named from outside, as `consilium ui` takes it.
+    found = [
+        path.parent
+        for path in (*root.glob(f"runs/*/{RECORD}"), *root.glob(f"*/runs/*/{RECORD}"))
+        if run is None or path.parent.name.startswith(run[:12])
+    ]
+    if run is None and found:
+        return max(found, key=lambda folder: (folder / RECORD).stat().st_mtime)
+    if len(found) != 1:
+        wanted = "" if run is None else f" beginning with {run!r}"
+        raise UsageError(
+            f"runs: found {len(found)}{wanted} below {root}, needed one; see the folder runs of "
+            "the study"
+        )
+    return found[0]
 
 
 @study_app.command("init")
@@ -398,6 +443,7 @@ def _print_study(summary: dict[str, Any], *, as_json: bool) -> None:
     _say(f"took {summary['wall_s']['total']:.0f} s; everything is in {summary['root']}")
     folder = os.path.relpath(summary["root"])
     _say("look at it:")
+    _say(f"  {folder}/runs/{summary['run'][:12]}/report.html")
     _say(f"  consilium ui {folder}")
     _say(f"  python -m json.tool {folder}/runs/{summary['run'][:12]}/summary.json")
 

@@ -209,7 +209,7 @@ def net_benefit_figure(record: StudyRecord) -> Figure | None:
     axes.set(xlabel=f"Risk by {horizon} at which one would treat", ylabel="Net benefit per patient")
     # What treating everybody loses at high thresholds would flatten all the rest.
     top = max(model.max(), everybody.max(), high.max(), 0.02)
-    axes.set_ylim(max(min(low.min(), everybody.min(), -0.05 * top), -0.4 * top), 1.15 * top)
+    axes.set_ylim(max(min(low.min(), everybody.min(), -0.05 * top), -0.4 * top), 1.25 * top)
     behind = zip(cuts, found.n_patients[shown], strict=True)
     axes.set_xticks(cuts, [f"{cut:.0%}\nn = {n:.0f}" for cut, n in behind])
     axes.legend(frameon=False, loc="upper right", labelcolor=INK)
@@ -252,7 +252,7 @@ def _treatment_panel(axes: Axes, record: StudyRecord, result: TreatmentResult, t
 
 
 def convergence_figure(record: StudyRecord) -> Figure | None:
-    """Objective of the fits after each round, one panel per stage that fits.
+    """Objective after each round that all fits took part in, one panel per stage that fits.
 
     Returns
     -------
@@ -278,11 +278,13 @@ def convergence_figure(record: StudyRecord) -> Figure | None:
 
 
 def _convergence_panel(axes: Axes, rounds: Sequence[RoundRecord], title: str) -> None:
+    n_fits = max(r.n_fits for r in rounds)
+    # A converged fit is asked for no more, and a mean over fewer fits is another figure.
+    whole = [r for r in rounds if r.n_fits == n_fits]
     axes.plot(
-        [r.number for r in rounds], [r.objective for r in rounds], color=COLOURS[0], marker="o",
+        [r.number for r in whole], [r.objective for r in whole], color=COLOURS[0], marker="o",
         markersize=5, linewidth=2,
     )  # fmt: skip
-    n_fits = max(r.n_fits for r in rounds)
     fits = "1 fit" if n_fits == 1 else f"{n_fits} fits side by side"
     set_titles(axes, title, f"{fits}, {len(rounds)} rounds")
     axes.set_xlabel("Communication round")

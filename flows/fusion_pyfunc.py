@@ -2,8 +2,8 @@
 
 In: one column per modality, its log hazard on the scale of its encoder, higher is worse, missing
 where the patient lacks the modality. Out, per patient: ``log_hazard``, ``log_hazard_se`` (standard
-error from the uncertainty of the coefficients) and ``survival_<days>`` at each time of the study's
-grid.
+error, wider where modalities are missing) and ``survival_<days>`` at each time of the study's grid;
+all of them missing for a patient with no modality at all.
 """
 
 from pathlib import Path

@@ -106,7 +106,7 @@ class FusionSection(_Section):
     )
     rounds: int = Field(default=30, ge=1, le=500, description="rounds of averaging, at most")
     local_steps: int = Field(default=5, ge=1, le=1000, description="steps of a site in a round")
-    learning_rate: float = Field(default=0.05, gt=0, le=10, description="of a local step")
+    learning_rate: float = Field(default=0.3, gt=0, le=10, description="of a local step")
     proximal: float = Field(default=0.01, ge=0, le=100, description="pull of fedprox")
 
     @field_validator("ridge", mode="before")

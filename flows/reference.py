@@ -283,7 +283,12 @@ def _pooled_linear(consortium: Consortium, fitted: Fitted, modality: str) -> dic
 
     def coefficients(rows: NDArray[np.bool_]) -> Floats:
         fit = fit_cox(
-            x[rows] @ axes, pool.event[rows], pool.time[rows], strata=pool.strata[rows], **penalty
+            x[rows] @ axes,
+            pool.event[rows],
+            pool.time[rows],
+            strata=pool.strata[rows],
+            ridge=penalty["ridge"],
+            l1=penalty["l1"],
         )
         return np.asarray(axes @ fit.candidate)
 
@@ -368,7 +373,12 @@ def _gap(
         ).candidate
     elif penalty["l1"] > 0.0:
         expected = fit_cox(
-            pooled.x, pooled.event, pooled.time, strata=pooled.strata, **penalty
+            pooled.x,
+            pooled.event,
+            pooled.time,
+            strata=pooled.strata,
+            ridge=penalty["ridge"],
+            l1=penalty["l1"],
         ).candidate
     else:
         expected = _lifelines(pooled, penalty["ridge"])

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import time
 import warnings
 from contextlib import contextmanager
@@ -17,8 +18,10 @@ from string import Template
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from flows.figures import figures
 from flows.protocol import kind_of
-from flows.reports import figures, is_external, results_table, to_markdown
+from flows.report_files import RECORD
+from flows.reports import is_external, results_table, to_markdown
 from fusion.federation import LOCAL_ENCODERS, LOCAL_ONLY, PERSONALISED, PROTOCOL
 
 if TYPE_CHECKING:
@@ -105,7 +108,11 @@ def find_version(tracking_uri: str, study: str, run: str) -> Registered | None:
 
 
 def track_study(
-    record: StudyRecord, *, tracking_uri: str, artifact_root: Path | None = None
+    record: StudyRecord,
+    *,
+    tracking_uri: str,
+    artifact_root: Path | None = None,
+    report: Path | None = None,
 ) -> Registered:
     """Log a finished study and register its model as ``<study>-fusion``, alias ``candidate``.
 
@@ -120,6 +127,8 @@ def track_study(
         ``sqlite:////...`` for a file on this machine, or the address of an MLflow server.
     artifact_root
         Folder of the artifacts with a database; by default beside it. A server has its own.
+    report
+        The run's report, beside the record that it shows; both become artifacts.
 
     Raises
     ------
@@ -136,7 +145,7 @@ def track_study(
         return _reused(found)
     experiment = _experiment(client, record, tracking_uri, artifact_root)
     _remove_unfinished(client, experiment, record.run)
-    run_id, model_id = _log_study(client, experiment, record, card)
+    run_id, model_id = _log_study(client, experiment, record, card, report=report)
     with _tracking_at(tracking_uri):
         registered = _register(client, record, card, run_id=run_id, model_id=model_id)
     _point_candidate_at(client, registered)
@@ -241,7 +250,7 @@ def _remove_unfinished(client: MlflowClient, experiment: str, run: str) -> None:
 
 
 def _log_study(
-    client: MlflowClient, experiment: str, record: StudyRecord, card: str
+    client: MlflowClient, experiment: str, record: StudyRecord, card: str, *, report: Path | None
 ) -> tuple[str, str]:
     from mlflow.entities import LoggedModelOutput, Param
 
@@ -261,6 +270,8 @@ def _log_study(
         _save_model(Path(folder) / "model", record, run_id=run_id, model_id=model.model_id)
         client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
         _save_artifacts(Path(folder) / "run", record, card)
+        for path in () if report is None else (report, report.with_name(RECORD)):
+            shutil.copy(path, Path(folder) / "run")
         client.log_artifacts(run_id, str(Path(folder) / "run"))
     client.finalize_logged_model(model.model_id, "READY")
     client.log_inputs(run_id, _dataset_inputs(record))

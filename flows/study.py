@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from prefect import flow, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from flows.figures import figures
 from flows.inputs import keyed_digest, site_rows
 from flows.patients import patient_table, write_patient_table
 from flows.progress import RoundProgress
@@ -19,7 +21,8 @@ from flows.protocol import load_protocol
 from flows.records import StudyRecord
 from flows.reference import Consortium, compare
 from flows.registry import Registered, find_version, track_study
-from flows.reports import ResultsTable, figures, results_table, to_markdown
+from flows.report_files import REPORT, write_report
+from flows.reports import ResultsTable, results_table, to_markdown
 from flows.sealed import log_to, may_pass, note, sealed
 from flows.site import COHORT, load_encoders, load_inputs
 from flows.summary import Stopwatch, summarise_record
@@ -167,11 +170,21 @@ def compare_with_truth(consortium: Consortium, fitted: Fitted, root: Path) -> Re
     cache_policy=NO_CACHE, persist_result=False,
 )  # fmt: skip
 @sealed
-def register_model(record: StudyRecord, workspace: Workspace) -> Registered:
-    """Log the run to MLflow and register its model as a new version."""
+def register_model(record: StudyRecord, workspace: Workspace, report: Path) -> Registered:
+    """Log the run to MLflow, with its report, and register its model as a new version."""
     return track_study(
-        record, tracking_uri=workspace.mlflow_uri, artifact_root=workspace.root / "artifacts"
+        record,
+        tracking_uri=workspace.mlflow_uri,
+        artifact_root=workspace.root / "artifacts",
+        report=report,
     )
+
+
+@task(name="write-report", cache_policy=NO_CACHE, persist_result=False)
+@sealed
+def report_study(record: StudyRecord, folder: Path) -> Path:
+    """Write the report of the run, with the record and the figures that it shows."""
+    return write_report(record, folder, created=datetime.now(UTC))
 
 
 @flow(name="run-study", flow_run_name="study-{study}", persist_result=False, log_prints=False)
@@ -218,8 +231,10 @@ def run_study(study: str, sites: list[str]) -> StudyOutcome:
         reference=reference,
         wall_s=dict(watch.wall_s),
     )
+    with watch.stage("report"):
+        report = report_study(record, folder)
     with watch.stage("registry"):
-        registered = register_model(record, workspace)
+        registered = register_model(record, workspace, report)
     n_patients = sum(len(x.time) for x in consortium.inputs.values())
     outcome = StudyOutcome(
         summary=summarise_record(record, registered, workspace, n_patients=n_patients)
@@ -285,6 +300,8 @@ def _finished(
         kept = json.loads((folder / "summary.json").read_text())
         summary, table = kept["summary"], ResultsTable(**kept["table"])
     except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not (folder / REPORT).is_file():
         return None
     if find_version(workspace.mlflow_uri, protocol.study.name, key) is None:
         return None

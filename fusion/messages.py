@@ -171,12 +171,16 @@ class SetEncoders:
 
 @dataclass(frozen=True)
 class AskUpdates:
-    """Coordinator: train these networks from these weights for as long as the plan says."""
+    """Coordinator: train these networks from these weights for as long as the plan says.
+
+    ``ridge`` is the penalty per patient of a gated fusion model's linear weights.
+    """
 
     run: str
     round: int
     fits: tuple[str, ...]
     weights: PerFitWeight
+    ridge: float
 
 
 @dataclass(frozen=True)

@@ -218,22 +218,39 @@ class _Search:
         self.deadline = monotonic() + spec.time_budget_s
         self.is_cut = False
 
-    def _within_budget(self, candidates: Iterable[EncoderSpec]) -> Iterable[EncoderSpec]:
-        """Yield the first candidate, whatever it costs, and the others while there is time."""
-        for position, candidate in enumerate(candidates):
-            if position > 0 and monotonic() >= self.deadline:
-                self.is_cut = True
-                return
-            yield candidate
+    def _is_late(self) -> bool:
+        self.is_cut = self.is_cut or monotonic() >= self.deadline
+        return self.is_cut
 
     def try_linear(self) -> None:
-        for candidate in self._within_budget(ridge_candidates(self.spec)):
-            model = self.spec.model if self.spec.is_linear else "linear"
-            trial = Trial(candidate, model)
-            with suppress(TrainingDiverged):
-                starts = self._fit_inner(candidate.default_ridge)
-                trial = Trial(candidate, model, 0, {0: self._linear_loss(starts)})
-            self.trials.append(trial)
+        """Try the default ridge, then stronger ones, or else weaker ones, while the loss falls.
+
+        Along the strengths the loss has one minimum but for noise, and weak ones cost most.
+        """
+        at = self.spec.ridge.index(self.spec.default_ridge)
+        self._try_ridge(self.spec.ridge[at])
+        default = self._best_position()
+        self._descend(self.spec.ridge[at + 1 :])
+        if self._best_position() == default:
+            self._descend(self.spec.ridge[:at][::-1])
+
+    def _descend(self, strengths: tuple[float, ...]) -> None:
+        for strength in strengths:
+            before = self._best_position()
+            if self._is_late():
+                return
+            self._try_ridge(strength)
+            if self._best_position() == before:
+                return
+
+    def _try_ridge(self, strength: float) -> None:
+        candidate = self.spec.model_copy(update={"ridge": (strength,)})
+        model = self.spec.model if self.spec.is_linear else "linear"
+        trial = Trial(candidate, model)
+        with suppress(TrainingDiverged):
+            starts = self._fit_inner(strength)
+            trial = Trial(candidate, model, 0, {0: self._linear_loss(starts)})
+        self.trials.append(trial)
 
     def _fit_inner(self, strength: float) -> list[Floats]:
         near = next(reversed(self.starts.values()), [None] * len(self.inner))
@@ -257,8 +274,11 @@ class _Search:
         return math.fsum(beyond) / self.survival.n_events
 
     def try_networks(self) -> None:
+        """Try networks that start from the best linear model; the first whatever it costs."""
         start = self._best()
-        for candidate in self._within_budget(network_candidates(start.spec)):
+        for position, candidate in enumerate(network_candidates(start.spec)):
+            if position > 0 and self._is_late():
+                return
             try:
                 self.trials.append(self._network_trial(candidate, start.loss))
             except TrainingDiverged:
@@ -289,8 +309,11 @@ class _Search:
     def _network_loss(self, learners: list[Learner]) -> float:
         return self._mean_loss(one.log_hazard(self.data).double().numpy() for one in learners)
 
+    def _best_position(self) -> int:
+        return min(range(len(self.trials)), key=lambda at: self.trials[at].loss)
+
     def _best(self) -> Trial:
-        best = min(self.trials, key=lambda trial: trial.loss)
+        best = self.trials[self._best_position()]
         if not math.isfinite(best.loss):
             raise TrainingDiverged(
                 "linear Cox model: found no finite optimum on inner folds, needed one; raise "
@@ -299,13 +322,9 @@ class _Search:
         return best
 
     def choice(self) -> Choice:
-        best = self._best()
-        position = self.trials.index(best)
-        return Choice(
-            best.spec,
-            best.n_steps,
-            _history(self.trials, position, self.spec, is_cut=self.is_cut),
-        )
+        best, at = self._best(), self._best_position()
+        history = _history(self.trials, at, self.spec, is_cut=self.is_cut)
+        return Choice(best.spec, best.n_steps, history)
 
 
 def _history(
@@ -318,13 +337,6 @@ def _history(
         "chosen": chosen,
         "cut_by_budget": is_cut,
     }
-
-
-def ridge_candidates(spec: EncoderSpec) -> list[EncoderSpec]:
-    """Give the spec with one of its ridge strengths each: the default, then its neighbours."""
-    default = spec.ridge.index(spec.default_ridge)
-    nearest = sorted(range(len(spec.ridge)), key=lambda at: (abs(at - default), -at))
-    return [spec.model_copy(update={"ridge": (spec.ridge[at],)}) for at in nearest]
 
 
 def network_candidates(spec: EncoderSpec) -> list[EncoderSpec]:

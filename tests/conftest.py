@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Before numpy is imported: our matrices are small, and threads in each product wait for one another.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -205,6 +205,15 @@ def test_convergence_has_a_panel_per_fitted_stage(record: StudyRecord) -> None:
     ]
 
 
+def test_a_mean_over_fewer_fits_is_not_drawn(record: StudyRecord) -> None:
+    rounds = [
+        dataclasses.replace(r, n_fits=1) if r.number == 13 else r for r in record.fitted.rounds
+    ]
+    fitted = dataclasses.replace(record.fitted, rounds=tuple(rounds))
+    figure = drawn(convergence_figure(dataclasses.replace(record, fitted=fitted)))
+    assert list(figure.axes[1].get_lines()[0].get_xdata()) == [9, 10, 11, 12]
+
+
 def test_a_discrete_model_has_odds_ratios(record: StudyRecord) -> None:
     fusion = record.protocol.fusion.model_copy(update={"model": "logistic_hazard"})
     protocol = record.protocol.model_copy(update={"fusion": fusion})

@@ -92,7 +92,7 @@ def test_elastic_net_chooses_its_strength_and_drops_what_says_nothing() -> None:
     head = encoder.networks[0].head.numpy()
     assert (head[:4] != 0.0).all()
     assert (head[4:] == 0.0).sum() >= 12
-    assert len(encoder.history["tried"]) == 5
+    assert len(encoder.history["tried"]) > 1
 
 
 def test_ensemble_averages_networks_of_different_seeds() -> None:

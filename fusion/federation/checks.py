@@ -94,8 +94,10 @@ def _encoders(request: m.SetEncoders, plan: FederationPlan) -> bool:
 
 
 def _updates(request: m.AskUpdates, plan: FederationPlan) -> bool:
-    return _one_of_each(request.fits, plan.network_fits) and request.weights.shape[1] == max(
-        plan.n_weights(fit) for fit in request.fits
+    return (
+        _one_of_each(request.fits, plan.network_fits)
+        and request.weights.shape[1] == max(plan.n_weights(fit) for fit in request.fits)
+        and request.ridge >= 0.0
     )
 
 

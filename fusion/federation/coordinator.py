@@ -275,8 +275,8 @@ class Coordinator:
         self._tell_networks(fits)
         return {x: fits[x].candidate for x in offered}
 
-    def _average(self, fits: dict[str, AveragedFit], *, stage: str) -> None:
-        fit_by_averaging(self.talk, fits, stage=stage, checkpoint=self._checkpoint)
+    def _average(self, fits: dict[str, AveragedFit], *, stage: str, ridge: float = 0.0) -> None:
+        fit_by_averaging(self.talk, fits, stage=stage, ridge=ridge, checkpoint=self._checkpoint)
 
     def _tell_networks(self, fits: Mapping[str, AveragedFit]) -> None:
         weights = stack([fit.candidate for fit in fits.values()])
@@ -292,7 +292,7 @@ class Coordinator:
         ridge = choose_ridges(self.talk, [PROTOCOL], self._new_fusion, stage="fusion_ridge")
         fits = {arm: Fit(self._new_fusion(arm, ridge[PROTOCOL])) for arm in arms}
         self._fit(fits, stage="fusion")
-        gated = self._train_gates(fits[PROTOCOL].newton.candidate)
+        gated = self._train_gates(fits[PROTOCOL].newton.candidate, ridge[PROTOCOL])
         hazard, risk = self._baseline({arm: self._slopes(fit) for arm, fit in fits.items()})
         gates = {PROTOCOL: gated}
         models = {
@@ -329,12 +329,12 @@ class Coordinator:
     def _slopes(self, fit: Fit) -> Floats:
         return fit.newton.candidate[self.plan.n_baseline :]
 
-    def _train_gates(self, coefficients: Floats) -> Floats | None:
+    def _train_gates(self, coefficients: Floats, ridge: float) -> Floats | None:
         if self.plan.gating is None or self.plan.fusion_model != "gated":
             return None
         start = initial_gated_weights(coefficients, hidden=self.plan.gating_hidden)
         fits = {PROTOCOL: _averaged(self.plan.gating, start)}
-        self._average(fits, stage="gates")
+        self._average(fits, stage="gates", ridge=ridge)
         self._tell_networks(fits)
         return fits[PROTOCOL].candidate
 
@@ -384,7 +384,7 @@ class Coordinator:
             round=self.talk.number,
             arms=tuple(models),
             coefficients=np.array([x.coefficients for x in models.values()]),
-            baseline=np.array([_baseline_of(x) for x in models.values()]),
+            baseline=np.array([x.baseline for x in models.values()]),
             groups=np.array([fusion.groups[arm] for arm in models]),
             between_site_variance=np.nan_to_num(fusion.heterogeneity.tau_squared, nan=0.0),
         )
@@ -513,10 +513,6 @@ def _only(reply: m.Sums) -> LikelihoodSums:
         int(reply.n_patients[0]),
         int(reply.n_events[0]),
     )
-
-
-def _baseline_of(model: FusionModel) -> Floats:
-    return model.alpha if isinstance(model, LogisticHazardModel) else model.hazard_per_day
 
 
 def _averaged(plan: AveragingPlan, start: Floats) -> AveragedFit:

@@ -79,8 +79,10 @@ class SiteDesigns:
     def tested(self) -> Flags:
         """(n_test,) test rows of patients who have some modality; the others have no risk."""
         n_train = len(self.rows.train)
-        found = [np.zeros(len(self.rows.test), dtype=bool)]
-        found += [~np.isnan(table.test).all(axis=1) for table in self.rows.tables.values()]
+        found: list[Flags] = [np.zeros(len(self.rows.test), dtype=bool)]
+        found += [
+            np.asarray(~np.isnan(table.test).all(axis=1)) for table in self.rows.tables.values()
+        ]
         found += [~np.isnan(column.test) for column in self.rows.local.values()]
         found += [network.present[n_train:] for network in self.rows.networks.values()]
         return np.logical_or.reduce(found)

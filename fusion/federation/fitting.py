@@ -102,7 +102,8 @@ def fit_from_sums(talk: Conversation, fits: Mapping[str, Fit], *, stage: str) ->
             continue
         for row, fit in enumerate(active.values()):
             fit.take({s: _row(r, row, fit.newton.n_inputs) for s, r in replies.items()})
-        talk.round_done(float(np.mean([fit.newton.objective for fit in active.values()])))
+        reached = [fit.newton.objective for fit in fits.values() if not fit.failed]
+        talk.round_done(float(np.mean(reached)) if np.isfinite(reached).all() else float("nan"))
 
 
 def _goes_on(talk: Conversation, name: str, fit: Fit) -> bool:
@@ -207,6 +208,7 @@ def fit_by_averaging(
     fits: dict[str, AveragedFit],
     *,
     stage: str,
+    ridge: float = 0.0,
     checkpoint: Checkpoint | None = None,
 ) -> None:
     """Train networks by averaging the sites' weights, all in one message a round.
@@ -215,6 +217,9 @@ def fit_by_averaging(
     ----------
     fits
         Per network, changed in place.
+    ridge
+        Penalty per patient of a gated fusion model's linear weights; a modality's network has that
+        of its spec.
     checkpoint
         Where each round's state is kept; a run that was killed goes on from the last one.
 
@@ -233,7 +238,7 @@ def fit_by_averaging(
         }
     while active := {name: fit for name, fit in fits.items() if _is_trained(talk, name, fit)}:
         weights = stack([fit.candidate for fit in active.values()])
-        request = m.AskUpdates(talk.plan.run, talk.number, tuple(active), weights)
+        request = m.AskUpdates(talk.plan.run, talk.number, tuple(active), weights, ridge)
         replies = talk.ask(request, m.Updates, talk.roster, stage=stage)
         talk.require_quorum()
         for row, fit in enumerate(active.values()):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
@@ -84,7 +86,7 @@ class SiteRows:
     folds: NDArray[np.int64]
     tables: dict[str, Split]
     local: dict[str, Split]
-    networks: dict[str, SharedNetwork] = field(default_factory=dict)
+    networks: Mapping[str, SharedNetwork] = field(default_factory=dict)
     subgroups: dict[str, Split] = field(default_factory=dict)
     treatment: Split | None = None
 

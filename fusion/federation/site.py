@@ -80,6 +80,7 @@ class SiteStudy:
         self.designs = SiteDesigns(plan, rows)
         self._on_error = on_error
         self._trains_here: bool | None = None
+        self._own: list[FusionModel | None] = []
         self._networks: dict[str, Floats] = {}
         self._answered: dict[type, bytes] = {}
         self._sums_given: Counter[str] = Counter()
@@ -308,7 +309,7 @@ class SiteStudy:
         counts = np.zeros((2, len(request.fits)), dtype=np.int64)
         for row, fit in enumerate(request.fits):
             n_weights = self.plan.n_weights(fit)
-            found = self._loss_gradient(fit)
+            found = self._loss_gradient(fit, request.ridge)
             if found is None:
                 continue
             gradient, event = found
@@ -330,7 +331,7 @@ class SiteStudy:
         return found
 
     def _loss_gradient(
-        self, fit: str
+        self, fit: str, ridge: float
     ) -> tuple[Callable[[Floats], tuple[float, Floats]], NDArray[np.bool_]] | None:
         """Loss of a network on the site's rows behind a fit, or None where it has none."""
         design = fit.partition("/")[0]
@@ -338,7 +339,9 @@ class SiteStudy:
             inputs, outcome = self.designs.design(PROTOCOL)
             hidden = self.plan.gating_hidden
             return (
-                lambda w: gated_loss_gradient(w, inputs, outcome.event, outcome.time, hidden=hidden)
+                lambda w: gated_loss_gradient(
+                    w, inputs, outcome.event, outcome.time, hidden=hidden, ridge=ridge
+                )
             ), outcome.event
         if not self.contributes(design):
             return None
@@ -410,7 +413,12 @@ class SiteStudy:
         return _log_hazard(inputs, coefficients)
 
     def own_model(self) -> FusionModel | None:
-        """Fit the local-only model: this site's encoders, fused on this site's rows alone."""
+        """Fit the local-only model, once: this site's encoders, fused on this site's rows alone."""
+        if not self._own:
+            self._own.append(self._fit_own())
+        return self._own[0]
+
+    def _fit_own(self) -> FusionModel | None:
         columns = self.columns(LOCAL_ENCODERS).train
         if not self.trains or np.isnan(columns).all():
             return None

@@ -47,6 +47,9 @@ _N_PAIR_SUMS = 9
 _N_EXPECTED_SUMS = 3
 # A coefficient that does not differ between sites is held this tightly at the consortium's.
 _LEAST_VARIANCE = 1e-6
+# Of a site's log odds per interval about the consortium's: wide, but no interval without an event
+# of the site's own is then without an optimum.
+_BASELINE_VARIANCE = 1.0
 
 
 def evaluate_site(
@@ -133,7 +136,7 @@ def _apart(
     shown = np.ones((len(groups), 1), dtype=bool)
     for row, group in enumerate(groups):
         others = [x for x in groups[:row] if x is not None and group is not None]
-        moved = [int((group != other).sum()) for other in others]
+        moved = [int(np.sum(group != other)) for other in others]
         shown[row] = not any(0 < n < cell for n in moved)
     return shown
 
@@ -355,12 +358,10 @@ def personal_coefficients(
     """
     inputs, outcome = designs.design(PROTOCOL)
     n_baseline = designs.plan.n_baseline
-    variance = np.concatenate(
-        [np.full(n_baseline, np.inf), np.maximum(between_site_variance, _LEAST_VARIANCE)]
-    )
+    variance = np.concatenate([np.full(n_baseline, _BASELINE_VARIANCE), between_site_variance])
     fit = NewtonFit(
         n_inputs=len(coefficients),
-        ridge=1.0 / (variance * len(outcome)),
+        ridge=1.0 / (np.maximum(variance, _LEAST_VARIANCE) * len(outcome)),
         centre=coefficients,
         start=coefficients,
     )

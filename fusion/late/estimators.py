@@ -352,6 +352,10 @@ def _rows(
     seen = moments(values)
     inputs = fusion_inputs(values, seen.mean, seen.scale)
     known = np.asarray(~np.isnan(values).all(axis=1))
+    if not event[known].any():
+        raise ConvergenceError(
+            "late fusion: found no event in a patient with some modality, needed at least one"
+        )
     return _Rows(inputs, event, time, labels, seen.mean, seen.scale).at(known)
 
 
@@ -418,18 +422,18 @@ def _one_sided(rows: _Rows, edges_days: Floats) -> tuple[Bools, Bools]:
 def _merged(edges_days: Floats, parts: Sequence[_Rows]) -> Floats:
     """Edges of intervals that have events and survivors in every part, as far as there are any.
 
-    An interval that lacks either is merged with the next. The last one is merged with the one
-    before if it lacks events only; if nobody was followed through it, the grid ends before it.
+    The grid ends before a last interval that nobody was followed through. Another one that lacks
+    events or survivors is merged with the next, and the last with the one before.
     """
     edges = edges_days
     while len(edges) > 1:
         sides = [_one_sided(part, edges) for part in parts]
         nobody_dies, nobody_survives = np.logical_or.reduce(sides)
-        found = np.flatnonzero(nobody_dies | nobody_survives)
-        if found.size == 0:
+        lacking, last = np.flatnonzero(nobody_dies | nobody_survives), len(edges) - 1
+        if lacking.size == 0:
             break
-        at, last = int(found[0]), len(edges) - 1
-        edges = np.delete(edges, last - 1 if at == last and not nobody_survives[last] else at)
+        at = last if nobody_survives[last] else min(int(lacking[0]), last - 1)
+        edges = np.delete(edges, at)
     return edges
 
 
