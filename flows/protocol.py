@@ -493,7 +493,14 @@ def read_protocol(values: dict[str, Any], *, source: str = "study.toml") -> Stud
 
 def describe_errors(error: ValidationError, *, source: str) -> str:
     """One line per key at fault: the key, what was found, what was needed."""
-    return "\n".join(_describe(dict(problem), source) for problem in error.errors())
+    problems = error.errors()
+    # A list whose item is at fault counts as without it, and then as too short.
+    behind = {problem["loc"][:-1] for problem in problems}
+    return "\n".join(
+        _describe(dict(problem), source)
+        for problem in problems
+        if problem["type"] != "too_short" or problem["loc"] not in behind
+    )
 
 
 def _describe(problem: dict[str, Any], source: str) -> str:

@@ -551,11 +551,12 @@ def _signature(inputs: Sequence[str], outputs: Sequence[str]) -> Any:
 
 
 def _input_example(modalities: Sequence[str]) -> Any:
-    """Two made-up patients: one of average risk throughout, one who lacks the last modality."""
+    """Two made-up patients: one of average risk throughout, one who lacks the last of several."""
     import pandas as pd
 
     rows = {name: [0.0, 0.5] for name in modalities}
-    rows[modalities[-1]] = [0.0, math.nan]
+    if len(modalities) > 1:
+        rows[modalities[-1]] = [0.0, math.nan]
     return pd.DataFrame(rows)
 
 

@@ -57,7 +57,7 @@ class EncoderSpec(BaseModel):
         le=100_000,
         description="Tiles of a bag that training reads, evenly spaced; scoring reads all.",
     )
-    hidden: int = Field(default=16, ge=1, le=512, description="Hidden units of mlp and attention.")
+    hidden: int = Field(default=32, ge=1, le=512, description="Hidden units of mlp and attention.")
     dropout: float = Field(
         default=0.25, ge=0.0, lt=1.0, description="Share of hidden units dropped in a step."
     )
@@ -65,14 +65,14 @@ class EncoderSpec(BaseModel):
         default=0.01,
         gt=0.0,
         le=1.0,
-        description="Step size of AdamW, of local "
-        "steps with sharing weights, and of the coordinator with fedadam.",
+        description="Step size of AdamW, and of the coordinator with fedadam.",
     )
     weight_decay: float = Field(
         default=0.1,
         ge=0.0,
         le=10.0,
-        description="AdamW's decay of all weights but the linear ones.",
+        description="AdamW's decay of all weights but the linear ones; with sharing weights, their "
+        "penalty as a share of the ridge.",
     )
     ridge: tuple[Annotated[float, Field(ge=0.0, le=100.0)], ...] = Field(
         default=(0.01, 0.03, 0.1, 0.3, 1.0),
@@ -89,10 +89,10 @@ class EncoderSpec(BaseModel):
         "models only; 0 is the ridge, 1 the lasso.",
     )
     max_steps: int = Field(
-        default=150, ge=0, le=10_000, description="Most AdamW steps; 0 keeps the linear start."
+        default=400, ge=0, le=10_000, description="Most AdamW steps; 0 keeps the linear start."
     )
     patience: int = Field(
-        default=30,
+        default=100,
         ge=1,
         le=10_000,
         description="Steps without a better inner loss before stopping.",
@@ -123,6 +123,13 @@ class EncoderSpec(BaseModel):
     )
     local_steps: int = Field(
         default=5, ge=1, le=1000, description="With sharing weights: steps of a site in a round."
+    )
+    local_learning_rate: float = Field(
+        default=0.3,
+        gt=0.0,
+        le=10.0,
+        description="With sharing weights: length of a site's gradient step, times the gradient of "
+        "its mean loss per event.",
     )
     proximal: float = Field(
         default=0.01,

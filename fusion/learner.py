@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -126,14 +127,19 @@ class _Member:
         device = data.batch[0].device
         self.network.to(device)
         self.dropout = _generator(*seed, 1, device=device)
+        self.learning_rate, self.weight_decay = spec.learning_rate, spec.weight_decay
+
+    @cached_property
+    def optimiser(self) -> torch.optim.AdamW:
+        """Made at the first step: its import takes seconds, and linear models take no step."""
         rest = [p for p in self.network.parameters() if p is not self.network.head]
-        self.optimiser = torch.optim.AdamW(
+        return torch.optim.AdamW(
             [
                 # The ridge of the loss is all the shrinkage that the linear weights get.
                 {"params": [self.network.head], "weight_decay": 0.0},
-                {"params": rest, "weight_decay": spec.weight_decay},
+                {"params": rest, "weight_decay": self.weight_decay},
             ],
-            lr=spec.learning_rate,
+            lr=self.learning_rate,
             fused=True,
         )
 

@@ -146,8 +146,11 @@ class Trial:
 
     def record(self) -> dict[str, Any]:
         """Plain values for the training record."""
-        is_network = self.model in ("mlp", "gated_attention")
-        names = ("hidden", "dropout", "weight_decay") if is_network else ()
+        names = (
+            ()
+            if self.model in ("linear", "mean_pooling")
+            else ("hidden", "dropout", "weight_decay")
+        )
         return {
             "model": self.model,
             **{name: getattr(self.spec, name) for name in names},

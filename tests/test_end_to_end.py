@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -80,6 +81,49 @@ def test_a_run_ends_with_figures_and_a_registered_model(
         "local_mean", "federated", "federated_local_encoders", "pooled", "true_hazard",
     }  # fmt: skip
     assert (summary["model_name"], summary["model_version"]) == ("demo-fusion", 1)
+
+
+def test_a_run_ends_with_a_report_that_can_be_written_anew(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    root, summary = finished
+    folder = root / "runs" / summary["run"][:12]
+    page = (folder / "report.html").read_text()
+    shown = re.search(r'data-key="/results/arms/protocol/concordance/value">([0-9.]+)<', page)
+    record = json.loads((folder / "record.json").read_text())
+    concordance = record["results"]["arms"]["protocol"]["concordance"]["value"]
+    assert shown is not None
+    assert float(shown[1]) == round(concordance, 3)
+    again = tmp_path / "again.html"
+    consilium("report", summary["run"], "--root", root, "--out", again)
+    assert again.read_text() == page
+    assert record["results"]["left_out"], "the demo's protocol leaves sites out"
+    logged = list((root / "artifacts").rglob("report.html"))
+    assert [path.read_text() for path in logged] == [page]
+
+
+def test_what_is_said_of_a_patient_stays_at_the_site(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    root, summary = finished
+    run = summary["run"][:12]
+    elsewhere = [
+        path
+        for folder in ("runs", "artifacts", "prefect", "logs")
+        for path in (root / folder).rglob("*")
+        if path.is_file()
+    ] + list(root.glob("mlflow.db*"))
+    for site in ("site-01", "site-02", "site-03"):
+        target = root / site / "runs" / run / "patients.csv"
+        table = pd.read_csv(target, dtype={"patient_id": str}, index_col="patient_id")
+        registry = pd.read_csv(root / site / "clinical.csv", dtype=str)
+        assert set(table.index) == set(registry["patient_id"])
+        assert target.stat().st_mode & 0o077 == 0
+        parts = table.filter(like="contribution_").sum(axis=1)
+        np.testing.assert_allclose(parts, table["log_hazard"], atol=1e-9)
+        ids = [x.encode() for x in table.index]
+        leaks = [p.name for p in elsewhere if any(x in p.read_bytes() for x in ids)]
+        assert not leaks
 
 
 def test_nothing_is_done_twice(finished: tuple[Path, dict[str, Any]]) -> None:

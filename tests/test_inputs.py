@@ -251,3 +251,78 @@ def test_training_scores_out_of_fold_and_tests_by_the_refit(
     assert (found.log_hazard[train] != refit[train]).all()
     again = train_local(inputs, modality, spec, seed=0)
     np.testing.assert_array_equal(found.log_hazard, again.log_hazard)
+
+
+def registered(**evaluation: Any) -> tuple[MuData, StudyProtocol]:
+    """Six patients, the last without any registry row."""
+    study = read_protocol(
+        {
+            "study": {
+                "name": "small", "data": "simulated", "horizon_days": 730,
+                "grid_days": [365, 730],
+            },
+            "modality": {
+                "clinical": {
+                    "kind": "clinical", "numeric": ["age"], "ordinal": {"stage": ["I", "II"]},
+                    "categorical": {"therapy": ["none", "radio", "chemo"]},
+                },
+                "blood": {"kind": "tabular", "columns": ["hb"]},
+            },
+            "evaluation": evaluation,
+            "privacy": {"patients": 3, "events": 2, "patients_per_input": 1},
+        }
+    )  # fmt: skip
+    ids = [f"p{i}" for i in range(6)]
+    names = list(study.feature_names("clinical"))
+    of_name = {
+        "age": [49.9, 50.0, 69.0, 70.0, np.nan],
+        "stage": [0.0, 1.0, np.nan, 1.0, 0.0],
+        "therapy=radio": [0.0, 1.0, 0.0, np.nan, 0.0],
+        "therapy=chemo": [0.0, 0.0, 1.0, np.nan, 0.0],
+    }
+    clinical = np.column_stack([of_name[x] for x in names])
+    outcome = pd.DataFrame(
+        {
+            "event": np.arange(6) % 2 == 0,
+            "time_days": np.arange(1.0, 7.0),
+            "split": ["train", "test", "train", "test", "train", "train"],
+            "fold_unit": np.arange(6) / 6,
+        },
+        index=pd.Index(ids),
+    )
+    tables = {
+        "clinical": features(ids[:5], names, clinical),
+        "blood": features(ids, ["hb"], np.arange(6.0)[:, None]),
+    }
+    return assemble(tables, outcome, protocol_fingerprint="protocol"), study
+
+
+def test_levels_are_coded_and_what_is_unknown_has_a_code_of_its_own(tmp_path: Path) -> None:
+    cohort_, study = registered(subgroups={"age": [50, 70], "stage": []}, treatment="therapy")
+    found = site_inputs(cohort_, study, site="site-01", features=tmp_path, secret=b"key")
+    assert study.subgroups() == {
+        "age": ("below 50", "50 to 70", "70 and above"), "stage": ("I", "II"),
+    }  # fmt: skip
+    assert found.subgroups["age"].tolist() == [0, 1, 1, 2, -1, -1]
+    assert found.subgroups["stage"].tolist() == [0, 1, -1, 1, 0, -1]
+    assert found.treatment is not None
+    assert found.treatment.tolist() == [0, 1, 2, -1, 0, -1]
+    rows = site_rows(found, {}, study)
+    assert rows.subgroups["age"].train.tolist() == [0, 1, -1, -1]
+    assert rows.subgroups["age"].test.tolist() == [1, 2]
+    assert rows.treatment is not None
+    assert rows.treatment.test.tolist() == [1, -1]
+
+
+def test_where_nothing_is_asked_nothing_is_coded(tmp_path: Path) -> None:
+    cohort_, study = registered()
+    found = site_inputs(cohort_, study, site="site-01", features=tmp_path, secret=b"key")
+    assert (dict(found.subgroups), found.treatment) == ({}, None)
+    assert site_rows(found, {}, study).treatment is None
+
+
+def test_a_site_without_a_registry_table_codes_nothing(tmp_path: Path) -> None:
+    cohort_, study = registered(subgroups={"stage": []}, treatment="therapy")
+    del cohort_.mod["clinical"]
+    found = site_inputs(cohort_, study, site="site-01", features=tmp_path, secret=b"key")
+    assert (dict(found.subgroups), found.treatment) == ({}, None)

@@ -18,8 +18,11 @@ from fusion import messages as m
 from tests.strategies import KINDS, messages
 
 RUN = "0" * 64
-TO_SITE = {m.Describe, m.AskMoments, m.SetScaling, m.AskSums, m.SetEncoders, m.AskEdges,
-           m.AskIntervals, m.AskEvaluation}  # fmt: skip
+TO_SITE = {
+    m.Describe, m.AskMoments, m.SetScaling, m.AskProducts, m.SetComponents, m.AskSums,
+    m.SetEncoders, m.AskUpdates, m.SetNetworks, m.AskEdges, m.SetGrid, m.AskIntervals,
+    m.AskEvaluation,
+}  # fmt: skip
 SUMS = m.AskSums(RUN, 3, ("clinical", "clinical/0"), np.array([[1.0, 2.0], [3.0, 4.0]]))
 REPLY = m.Sums(
     log_likelihood=np.array([-3.0]),
@@ -236,6 +239,10 @@ def test_no_free_text_becomes_a_code(text: str) -> None:
     if text not in m._CODES:
         with pytest.raises(m.MessageError):
             m.encode(m.Refused(text))
+
+
+def test_all_that_is_asked_names_its_run() -> None:
+    assert {kind for kind in KINDS if "run" in m._HINTS[kind.__name__]} == TO_SITE
 
 
 def test_nothing_that_runs_what_it_reads() -> None:

@@ -109,8 +109,60 @@ def test_an_unknown_key_near_nothing_has_no_hint() -> None:
         ({"study.data": "synthetic"}, "study.data: input should be 'patients', 'public' or"),
         ({"study": 3}, "study: input should be a valid dictionary"),
         ({"schema_version": 2}, "schema_version: input should be 1, found 2"),
-        ({"fusion.ridge": -1}, "fusion.ridge: input should be greater than or equal to 0"),
-        ({"fusion.model": "forest"}, "fusion.model: input should be 'cox', found 'forest'"),
+        ({"fusion.ridge": -1}, "fusion.ridge.0: input should be greater than or equal to 0"),
+        ({"fusion.ridge": [0.1, 0.01]}, "fusion.ridge: found [0.1, 0.01], needed increasing pen"),
+        ({"fusion.ridge": [0.1, 0.1]}, "fusion.ridge: found [0.1, 0.1], needed increasing pena"),
+        ({"fusion.ridge": []}, "fusion.ridge: tuple should have at least 1 item"),
+        ({"fusion.ridge": True}, "fusion.ridge: input should be a valid tuple, found True"),
+        ({"fusion.model": "forest"}, "fusion.model: input should be 'cox', 'logistic_hazard' or"),
+        ({"fusion.hidden": 0}, "fusion.hidden: input should be greater than or equal to 1"),
+        ({"fusion.averaging": "mean"}, "fusion.averaging: input should be 'fedavg', 'fedprox' o"),
+        ({"fusion.learning_rate": 0}, "fusion.learning_rate: input should be greater than 0"),
+        ({"encoder.omics.ridge": [1, 0.1]}, "encoder.omics.ridge: found [1.0, 0.1], needed inc"),
+        ({"evaluation.thresholds": [0.4, 0.2]}, "evaluation.thresholds: found [0.4, 0.2], need"),
+        ({"evaluation.thresholds": [1.0]}, "evaluation.thresholds.0: input should be less than"),
+        ({"evaluation.subgroups": {"age": []}}, "evaluation.subgroups.age: found bounds [], ne"),
+        (
+            {"evaluation.subgroups": {"age": [70, 60]}},
+            "evaluation.subgroups.age: found bounds [70.0, 60.0], needed at least one, increas",
+        ),
+        (
+            {"evaluation.subgroups": {"sex": [1]}},
+            "evaluation.subgroups.sex: found bounds [1.0], needed none, as its levels are lis",
+        ),
+        (
+            {"evaluation.subgroups": {"smoker": []}},
+            "evaluation.subgroups.smoker: found no such column among the clinical covariates",
+        ),
+        (
+            {"evaluation.treatment": "stage"},
+            "evaluation.treatment: found stage, needed a categorical column of "
+            "[modality.clinical]: arm, sex",
+        ),
+        (
+            {"evaluation.treatment": "arm", "evaluation.subgroups": {"arm": []}},
+            "evaluation.treatment: found arm among the subgroups too, needed it once",
+        ),
+        (
+            {"study.data": "patients", "encoder.omics.sharing": "weights"},
+            "encoder.omics.sharing: found a network trained by averaging weights, which can t",
+        ),
+        (
+            {"study.data": "patients", "fusion.model": "gated"},
+            "fusion.model: found a network trained by averaging weights, which can tell who w",
+        ),
+        (
+            {"encoder.omics.sharing": "weights", "encoder.omics.harmonise": "none"},
+            "encoder.omics.harmonise: found none, needed site, because a network's inputs mus",
+        ),
+        (
+            {"encoder.blood.sharing": "weights", "modality.blood.columns": []},
+            "encoder.blood.inputs: sharing weights needs the same inputs at every site; name",
+        ),
+        (
+            {"encoder.blood.components": 1, "encoder.blood.sharing": "local"},
+            "encoder.blood.components: found 1 with sharing local, needed sums",
+        ),
         ({"federation.sums": "secure_sum"}, "federation.sums: input should be 'plain', found"),
         ({"privacy.cell": 0}, "privacy.cell: input should be greater than or equal to 1"),
         ({"modality": {}}, "modality: found none, needed at least one [modality.NAME] section"),
@@ -132,7 +184,7 @@ def test_an_unknown_key_near_nothing_has_no_hint() -> None:
         ({"encoder.mri": {}}, "encoder.mri: found no [modality.mri]"),
         ({"encoder.omics.model": "mean_pooling"}, "encoder.omics.model: found mean_pooling, nee"),
         ({"encoder.pathology.model": "mlp"}, "encoder.pathology.model: found mlp, needed one"),
-        ({"encoder.omics.sharing": "weights"}, "encoder.omics.sharing: input should be 'local'"),
+        ({"encoder.omics.sharing": "all"}, "encoder.omics.sharing: input should be 'local', 's"),
         ({"encoder.omics.inputs": ["a", "a"]}, "encoder.omics.inputs: found repeated names"),
         ({"encoder.omics.inputs": ["aa"]}, "encoder.omics.inputs: found unknown aa; did you mean"),
         (
@@ -292,6 +344,13 @@ OTHER: dict[str, Any] = {
     "encoder.omics.sharing": "local", "encoder.omics.ridge": 1, "encoder.omics.inputs": ["a"],
     "encoder.blood.projection_seed": 3, "encoder.clinical.harmonise": "site",
     "encoder.pathology.model": "mean_pooling", "encoder.pathology.max_tiles": 7,
+    "encoder.blood.sharing": "weights", "encoder.omics.l1_ratio": 0.5,
+    "encoder.radiology.components": 1, "encoder.blood.averaging": "fedadam",
+    "fusion.model": "gated", "fusion.hidden": 3, "fusion.averaging": "fedprox",
+    "fusion.rounds": 7, "fusion.local_steps": 2, "fusion.learning_rate": 0.01,
+    "fusion.proximal": 0.2, "evaluation.subgroups": {"sex": [], "age": [60]},
+    "evaluation.treatment": "arm", "evaluation.thresholds": [0.25],
+    "evaluation.leave_one_site_out": True,
 }  # fmt: skip
 
 
@@ -332,7 +391,10 @@ def test_the_plan_is_what_the_protocol_says() -> None:
     changes = {
         "encoder.pathology.sharing": "sums", "encoder.pathology.max_inputs": 2,
         "encoder.omics.max_inputs": 1, "encoder.omics.ridge": 0.7, "encoder.blood.sharing": "local",
-        "fusion.ridge": 0.3, "fusion.folds": 3,
+        "encoder.clinical.components": 3, "encoder.radiology.components": 4,
+        "encoder.clinical.l1_ratio": 0.2, "fusion.ridge": [0.1, 0.3], "fusion.folds": 3,
+        "evaluation.subgroups": {"sex": [], "age": [50, 70]}, "evaluation.treatment": "arm",
+        "evaluation.thresholds": [0.25, 0.5], "evaluation.leave_one_site_out": True,
     }  # fmt: skip
     protocol = read_protocol(merged(changes))
     plan = protocol.plan("a" * 64)
@@ -345,11 +407,46 @@ def test_the_plan_is_what_the_protocol_says() -> None:
         "pathology": ("projection_0", "projection_1"),
         "radiology": ("original_shape_MeshVolume",),
     }
-    assert plan.encoder_ridge["omics"] == 0.7
-    assert set(plan.encoder_ridge) == set(plan.sums)
-    assert (plan.fusion_ridge, plan.n_folds) == (0.3, 3)
+    assert plan.encoder_ridge["omics"] == (0.7,)
+    assert len(plan.encoder_ridge["clinical"]) > 1
+    assert set(plan.encoder_ridge) == set(plan.l1_ratio) == set(plan.sums)
+    assert plan.l1_ratio["clinical"] == 0.2
+    assert plan.components == {"clinical": 3}  # four components of one input would keep it all
+    assert (plan.fusion_ridge, plan.n_folds) == ((0.1, 0.3), 3)
+    assert (plan.fusion_model, plan.gating, plan.networks) == ("cox", None, {})
+    assert plan.subgroups == {
+        "age": ("below 50", "50 to 70", "70 and above"), "sex": ("female", "male"),
+    }  # fmt: skip
+    assert plan.treatments == ("a", "b")
+    assert plan.thresholds == (0.25, 0.5)
+    assert len(plan.left_out_runs) == 10
     assert (plan.edges_days, plan.horizon_days) == ((365, 730), 730)
     assert plan.minimum == protocol.privacy
+
+
+def test_networks_and_gates_are_planned_as_the_protocol_says() -> None:
+    changes = {
+        "encoder.blood": {
+            "model": "mlp", "sharing": "weights", "averaging": "fedprox", "rounds": 9,
+            "local_steps": 2, "learning_rate": 0.2, "proximal": 0.4, "hidden": 3,
+        },
+        "fusion.model": "gated", "fusion.rounds": 6, "fusion.averaging": "fedavg",
+        "fusion.proximal": 0.7, "fusion.hidden": 2,
+    }  # fmt: skip
+    plan = read_protocol(merged(changes)).plan("a" * 64)
+    (name,) = plan.networks
+    blood = plan.networks[name]
+    assert (name, blood.rule, blood.rounds, blood.local_steps) == ("blood", "fedprox", 9, 2)
+    assert (blood.learning_rate, blood.proximal) == (0.2, 0.4)
+    assert np.isfinite(blood.start).all()
+    assert plan.n_weights("blood/2") == len(blood.start) > 3 * 2
+    assert "blood" not in plan.sums
+    assert set(plan.network_fits) == {"blood", *plan.fold_fits("blood"), PROTOCOL}
+    assert plan.gating is not None
+    assert (plan.gating.rule, plan.gating.rounds, plan.gating.proximal) == ("fedavg", 6, 0.0)
+    assert plan.n_weights(PROTOCOL) == len(plan.gating.start)
+    again = read_protocol(merged(changes)).plan("a" * 64)
+    np.testing.assert_array_equal(again.networks["blood"].start, blood.start)
 
 
 def test_a_projection_is_the_same_at_every_site() -> None:

@@ -84,7 +84,7 @@ def study_record(run: str = "a" * 64) -> StudyRecord:
     rows = {"site-01": site_rows(rng, 300), "site-02": site_rows(rng, 180)}
     rows["site-03"] = site_rows(rng, 50, external=True)
     fitted = run_federation(plan, InProcess({s: SiteStudy(plan, x) for s, x in rows.items()}))
-    return StudyRecord(run, protocol, fitted, summarise(fitted, plan), "c0ffee" * 6 + "c0de")
+    return StudyRecord(run, protocol, fitted, summarise(fitted), "c0ffee" * 6 + "c0de")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +175,7 @@ def test_metrics_are_the_released_ones_and_name_their_data(
 ) -> None:
     parent, _ = store.runs(record)
     metrics = parent.data.metrics
-    result = record.results[PROTOCOL]
+    result = record.results.arms[PROTOCOL]
     assert result.concordance is not None
     assert metrics["federated/concordance"] == pytest.approx(result.concordance.value)
     assert metrics["federated/concordance_low"] == pytest.approx(result.concordance.low)

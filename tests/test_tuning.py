@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -156,12 +157,21 @@ def test_history_is_plain_and_holds_the_training_curves() -> None:
     spec = EncoderSpec(model="mlp", max_steps=10, ridge=(0.1, 0.3))
     choice = _choose(simulate_table(70, seed=6), spec)
     tried = choice.history["tried"]
+    assert json.loads(json.dumps(choice.history)) == choice.history
     assert [trial["loss_by_step"][0][0] for trial in tried] == [0] * len(tried)
     assert [step for step, _ in tried[-1]["loss_by_step"]] == [0, 5, 10]
-    least = min(loss for trial in tried for _, loss in trial["loss_by_step"])
-    chosen = tried[choice.history["chosen"]]
-    assert chosen["loss"] == least
-    assert [choice.n_steps, least] in chosen["loss_by_step"]
+    for trial in tried:
+        assert trial["loss"] == min(loss for _, loss in trial["loss_by_step"])
+        assert [trial["n_steps"], trial["loss"]] in trial["loss_by_step"]
+
+
+def test_a_network_is_taken_where_no_linear_model_can_rank() -> None:
+    rng = np.random.default_rng(9)
+    table = rng.normal(size=(200, 2))
+    rows = (table, *simulate_survival(2 * np.abs(table[:, 0]), rng))
+    choice = _choose(rows, EncoderSpec(model="mlp", ridge=0.1))
+    assert choice.history["tried"][choice.history["chosen"]]["model"] == "mlp"
+    assert choice.n_steps > 0
 
 
 def test_more_inputs_than_patients_are_fitted_in_the_row_space() -> None:

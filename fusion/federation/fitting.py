@@ -63,6 +63,9 @@ class Fit:
         """Advance by the sums of every site at the candidate."""
         asked = self.newton.candidate
         inside = [sums for site, sums in parts.items() if site not in self.left_out]
+        if not inside:  # the sites that it was fitted to have left
+            self.failed = True
+            return
         try:
             self.newton.advance(add(inside))
         except ConvergenceError:
@@ -103,7 +106,8 @@ def fit_from_sums(talk: Conversation, fits: Mapping[str, Fit], *, stage: str) ->
         for row, fit in enumerate(active.values()):
             fit.take({s: _row(r, row, fit.newton.n_inputs) for s, r in replies.items()})
         reached = [fit.newton.objective for fit in fits.values() if not fit.failed]
-        talk.round_done(float(np.mean(reached)) if np.isfinite(reached).all() else float("nan"))
+        whole = bool(reached) and np.isfinite(reached).all()
+        talk.round_done(float(np.mean(reached)) if whole else float("nan"))
 
 
 def _goes_on(talk: Conversation, name: str, fit: Fit) -> bool:

@@ -80,6 +80,9 @@ class SiteStudy:
         self.designs = SiteDesigns(plan, rows)
         self._on_error = on_error
         self._trains_here: bool | None = None
+        self._approved = plan
+        self._grid_agreed = False
+        self._leaves_sites_out = False
         self._own: list[FusionModel | None] = []
         self._networks: dict[str, Floats] = {}
         self._answered: dict[type, bytes] = {}
@@ -148,12 +151,17 @@ class SiteStudy:
     def _part_in(self, run: str) -> SiteStudy:
         part = self._left_out[run]
         if part is None:
-            plan = self.plan.left_out_plan(run)
+            plan = self._approved.left_out_plan(run)
             part = self._left_out[run] = SiteStudy(plan, self.rows, on_error=self._on_error)
+            part._leaves_sites_out = True
         return part
 
     def _require_first(self, request: Any) -> None:
         """Let some requests differ but once in a run; the same again is a network's doing."""
+        said = self._trains_here is not None or isinstance(request, m.Describe)
+        if self._leaves_sites_out and not said:
+            # Else training rows could give sums first and be evaluated as test rows then.
+            raise NotReleased("malformed_request")
         if isinstance(request, _ONCE):
             first = m.encode(replace(request, round=0))
             if self._answered.setdefault(type(request), first) != first:
@@ -170,6 +178,8 @@ class SiteStudy:
     def _describe(self, request: m.Describe) -> m.Description:
         if request.protocol != self.plan.protocol or request.modalities != self.plan.modalities:
             raise NotReleased("wrong_protocol")
+        if not (request.trains or self._leaves_sites_out):
+            raise NotReleased("malformed_request")
         if self._trains_here is None:
             self._trains_here = request.trains
             if not request.trains:
@@ -229,7 +239,9 @@ class SiteStudy:
     def _set_components(self, request: m.SetComponents) -> m.Done:
         for row, design in enumerate(request.designs):
             axes = request.axes[row, : self.plan.n_inputs(design), : self.plan.components[design]]
-            if not np.allclose(axes.T @ axes, np.eye(axes.shape[1]), atol=1e-8):
+            with np.errstate(over="ignore", invalid="ignore"):
+                products = axes.T @ axes
+            if not np.allclose(products, np.eye(axes.shape[1]), atol=1e-8):
                 raise NotReleased("malformed_request")
             self.designs.axes[design] = axes
         return m.Done()
@@ -244,6 +256,8 @@ class SiteStudy:
         if refusal is not None:
             raise NotReleased(refusal)
         n_baseline = self.plan.n_baseline if design in self.plan.arms else 0
+        if n_baseline:
+            self._require_grid()
         if outweighed(_log_hazard(inputs, beta[n_baseline:])):
             return _nothing(p, _LOWEST, len(outcome), int(outcome.event.sum()))
         if n_baseline:
@@ -386,11 +400,18 @@ class SiteStudy:
             if not allowed.all() or within < cell:
                 raise NotReleased("small_cell")
         self.designs.plan = replace(self.plan, edges_days=tuple(request.edges_days.tolist()))
+        self._grid_agreed = True
         return m.Done()
+
+    def _require_grid(self) -> None:
+        """Refuse sums by interval until the grid has no small cell."""
+        if not self._grid_agreed:
+            raise NotReleased("malformed_request")
 
     def _intervals(self, request: m.AskIntervals) -> m.Intervals:
         if not self.trains:
             raise NotReleased("below_minimum_patients")
+        self._require_grid()
         train = self.designs.behind_fusion
         log_hazard = [
             self._fusion_log_hazard(arm, self.designs.fusion_inputs(arm), beta)
@@ -449,6 +470,8 @@ class SiteStudy:
             scored.append(self.test_log_hazard(arm, beta) if known else None)
         if not all((np.abs(x) < _HIGHEST_LOG_HAZARD).all() for x in scored if x is not None):
             raise NotReleased("malformed_request")
+        if scored[0] is None:
+            raise NotReleased("modality_absent")
         scored += [self._own_log_hazard(), self._personal_log_hazard(request)]
         self.designs.slope = scored[0]
         return evaluate_site(request, self.designs, scored)

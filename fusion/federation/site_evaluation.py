@@ -293,11 +293,21 @@ def _by_subgroup(
             minimum=plan.minimum,
         )
         # Two variables that part the patients almost alike would tell of those few by subtraction.
-        apart = not any(0 < int((codes != other).sum()) < plan.minimum.cell for other in told)
+        apart = not any(_almost_alike(codes, other, plan.minimum.cell) for other in told)
         told.append(codes)
         pairs.append(apart * found.pairs)
         sums.append(apart * found.expected)
     return np.concatenate(pairs), np.concatenate(sums)
+
+
+def _almost_alike(codes: Floats, other: Floats, cell: int) -> bool:
+    """Whether a level of one variable, or its complement, is one of another but for a few."""
+    parts, others = (
+        [x == level for level in np.unique(x) if level >= 0 and np.sum(x == level) >= cell]
+        for x in (codes, other)
+    )
+    apart = [int(np.sum(part != of_other)) for part in parts for of_other in others]
+    return any(0 < min(n, len(codes) - n) < cell for n in apart)
 
 
 def _by_treatment(designs: SiteDesigns, group: NDArray[np.intp]) -> Floats:
