@@ -193,7 +193,7 @@ def _as_log(values: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     if abs(float(np.nanmin(values.to_numpy())) - np.log2(_XENA_OFFSET)) > 0.01:
         return values, "as in the file"
     count = np.exp2(values) - _XENA_OFFSET
-    return np.log2(count.clip(lower=0.0) + 1.0), "log2(x + 0.001) turned into log2(x + 1)"
+    return np.log2(np.maximum(count, 0.0) + 1.0), "log2(x + 0.001) turned into log2(x + 1)"
 
 
 def read_outcome(path: Path, *, columns: OutcomeColumns) -> tuple[pd.DataFrame, dict[str, str]]:
@@ -390,7 +390,9 @@ def pack_sites(codes: Sequence[str], n_sites: int) -> dict[str, tuple[str, ...]]
         If there are fewer codes than groups.
     """
     names, counts = np.unique(np.asarray(codes, dtype=str), return_counts=True)
-    groups = [(int(n), (str(name),)) for name, n in zip(names, counts, strict=True)]
+    groups: list[tuple[int, tuple[str, ...]]] = [
+        (int(n), (str(name),)) for name, n in zip(names, counts, strict=True)
+    ]
     if len(groups) < n_sites:
         raise DataError(
             "too_few_sites",

@@ -416,7 +416,7 @@ class StudyProtocol(_Section):
                 rule=spec.averaging,
                 rounds=spec.rounds,
                 local_steps=spec.local_steps,
-                learning_rate=spec.learning_rate,
+                learning_rate=spec.local_learning_rate,
                 proximal=spec.proximal if spec.averaging == "fedprox" else 0.0,
             )
         return found

@@ -280,6 +280,8 @@ def _keep(folder: Path, key: str, trained: LocalEncoder) -> None:
     if trained.encoder is not None:
         with replacing(folder / "encoder.safetensors") as temporary:
             temporary.write_bytes(trained.encoder.to_bytes())
+        with replacing(folder / "training_curve.json") as temporary:
+            temporary.write_text(json.dumps(trained.encoder.history, indent=1))
     about = {"key": key, "reason": trained.reason, "trained": trained.encoder is not None}
     with replacing(folder / "encoder.json") as temporary:
         temporary.write_text(json.dumps(about))

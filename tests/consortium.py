@@ -23,7 +23,6 @@ from fusion.federation import (
     without,
 )
 from fusion.late import fusion_inputs, linear_inputs
-from fusion.newton import LikelihoodSums
 from fusion.privacy import MinimumCounts
 from fusion.survival import cox_sums, fit_cox, moments
 
@@ -372,7 +371,7 @@ class LinearNetwork:
         return np.asarray(~np.isnan(self.values).any(axis=1))
 
     def loss_gradient(self, weights: Floats, rows: NDArray[np.intp]) -> tuple[float, Floats]:
-        sums: LikelihoodSums = cox_sums(
+        sums = cox_sums(
             self.values[rows], self.outcome.event[rows], self.outcome.time[rows], weights
         )
         return -sums.log_likelihood / sums.n_events, -sums.gradient / sums.n_events

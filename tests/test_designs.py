@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from fusion.federation import (
     summarise,
     without,
 )
-from fusion.federation.designs import SiteDesigns
 from fusion.federation.site_evaluation import hazard_at, personal_coefficients
 from fusion.survival import cox_sums, cumulative_hazard
 from tests.consortium import (
@@ -33,6 +33,9 @@ from tests.consortium import (
     small,
     studies_of,
 )
+
+if TYPE_CHECKING:
+    from fusion.federation.designs import SiteDesigns
 
 MODALITIES = PLAN.modalities
 

@@ -179,9 +179,9 @@ def test_concordance_and_auc_are_those_of_all_rows(study: Study, arm: str) -> No
 def test_differences_are_on_the_same_pairs(study: Study, arm: str) -> None:
     first, other = study.pairs(PROTOCOL), study.pairs(arm)
     cross = [
-        pair_cross(study.log_hazard(s, PROTOCOL), study.log_hazard(s, arm), r.test.event, r.test.time)
+        pair_cross(*(study.log_hazard(s, x) for x in (PROTOCOL, arm)), r.test.event, r.test.time)
         for s, r in study.rows.items()
-    ]  # fmt: skip
+    ]
     expected = concordance_difference(list(first.values()), list(other.values()), cross)
     _same(study.results.arms[arm].difference, expected)
     assert study.results.arms[PROTOCOL].difference is None
