@@ -147,6 +147,32 @@ def _site_sums(
     )
 
 
+def hazard_weights(
+    inputs: ArrayLike,
+    event: ArrayLike,
+    time: ArrayLike,
+    coefficients: ArrayLike,
+    *,
+    edges_days: ArrayLike,
+    site_precision: float | None = SITE_PRECISION,
+) -> Floats:
+    """(n, k) weight of each patient of one site in each interval's part of the information.
+
+    Parameters
+    ----------
+    inputs, event, time, coefficients, edges_days, site_precision
+        As in :func:`hazard_sums`.
+    """
+    x, theta = np.asarray(inputs, dtype=np.float64), np.asarray(coefficients, dtype=np.float64)
+    at_risk, died = _intervals(event, time, edges_days)
+    k = at_risk.shape[1]
+    precision = _checked_precision(site_precision)
+    log_odds = theta[:k] + (x @ theta[k:])[:, None]
+    own = 0.0 if np.isinf(precision) else _own_log_odds(log_odds, at_risk, died, precision)
+    hazard = expit(log_odds + own)
+    return np.asarray(at_risk * hazard * (1.0 - hazard))
+
+
 def _own_log_odds(log_odds: Floats, at_risk: Floats, died: Floats, precision: float) -> float:
     """Log odds that a site adds in every interval: Newton within a bracket that only shrinks."""
     n_died = float(died.sum())

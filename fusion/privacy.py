@@ -98,6 +98,22 @@ def outweighed(log_hazard: np.ndarray, *, share: float = 0.8) -> bool:
     return bool(share * np.exp(log_hazard - log_hazard.max()).sum() < 1.0)
 
 
+def saturated(weights: np.ndarray, *, share: float = 0.8, least: float = 0.2) -> bool:
+    """Whether sums by interval rest on one patient, or on nobody, where others' odds are extreme.
+
+    Parameters
+    ----------
+    weights
+        (n, k) of each patient in each interval.
+    share
+        Of an interval's weight, above which one patient outweighs the others.
+    least
+        Weight of an interval that holds an event and a survivor at its own odds, with room.
+    """
+    total = weights.sum(axis=0)
+    return bool((total < least).any() or (weights.max(axis=0, initial=0.0) > share * total).any())
+
+
 def releasable_edges(
     event: np.ndarray, time: np.ndarray, edges_days: np.ndarray, *, cell: int
 ) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# Before numpy is imported: our matrices are small, and threads in each product wait for one another.
+# Before numpy is imported: our matrices are small, and more threads wait for one another.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]

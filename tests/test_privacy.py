@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fusion.privacy import MinimumCounts, outweighed, releasable_edges
+from fusion.privacy import MinimumCounts, outweighed, releasable_edges, saturated
 from tests.strategies import Survival, survival
 
 GRID = np.array([10.0, 25.0, 40.0, 60.0])
@@ -106,3 +106,17 @@ def test_one_patient_must_not_carry_a_weighted_sum() -> None:
     assert outweighed(np.array([0.0, np.inf]))
     assert outweighed(np.array([0.0, np.nan]))
     assert not outweighed(np.zeros(0))
+
+
+def test_an_interval_that_rests_on_one_patient_or_nobody_is_saturated() -> None:
+    even = np.full((12, 3), 0.1)
+    one = even.copy()
+    one[1:, 2] = 0.001  # eleven others weigh 0.011
+    nobody = even.copy()
+    nobody[:, 0] = 0.01
+    assert not saturated(even)
+    assert saturated(one)
+    assert saturated(nobody)
+    assert saturated(np.zeros((0, 2)))
+    # One event in a hundred patients, at its own odds: many small weights, none that stands out.
+    assert not saturated(np.full((100, 1), 0.01 * 0.99))

@@ -348,7 +348,7 @@ OTHER: dict[str, Any] = {
     "encoder.radiology.components": 1, "encoder.blood.averaging": "fedadam",
     "fusion.model": "gated", "fusion.hidden": 3, "fusion.averaging": "fedprox",
     "fusion.rounds": 7, "fusion.local_steps": 2, "fusion.learning_rate": 0.01,
-    "fusion.proximal": 0.2, "evaluation.subgroups": {"sex": [], "age": [60]},
+    "fusion.proximal": 0.2, "evaluation.subgroups": {"sex": []},
     "evaluation.treatment": "arm", "evaluation.thresholds": [0.25],
     "evaluation.leave_one_site_out": True,
 }  # fmt: skip
@@ -428,7 +428,7 @@ def test_networks_and_gates_are_planned_as_the_protocol_says() -> None:
     changes = {
         "encoder.blood": {
             "model": "mlp", "sharing": "weights", "averaging": "fedprox", "rounds": 9,
-            "local_steps": 2, "learning_rate": 0.2, "proximal": 0.4, "hidden": 3,
+            "local_steps": 2, "local_learning_rate": 0.2, "proximal": 0.4, "hidden": 3,
         },
         "fusion.model": "gated", "fusion.rounds": 6, "fusion.averaging": "fedavg",
         "fusion.proximal": 0.7, "fusion.hidden": 2,

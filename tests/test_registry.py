@@ -224,10 +224,12 @@ def test_artifacts_are_figures_table_card_protocol_and_encoders(
     parent, _ = store.runs(record)
     folder = store.artifacts / "lung" / parent.info.run_id / "artifacts"
     assert {x.name for x in folder.iterdir()} == {
-        "figures", "results.md", "model_card.md", "protocol.json", "encoders.json", "networks.json",
+        "figures", "results.md", "model_card.md", "protocol.json", "encoders.json",
+        "networks.json",
     }  # fmt: skip
     assert {x.stem for x in (folder / "figures").iterdir()} == {
-        "kaplan_meier", "calibration", "modality_weights", "convergence",
+        "kaplan_meier", "calibration", "modality_weights", "convergence", "ablation",
+        "heterogeneity", "net_benefit",
     }  # fmt: skip
     assert read_protocol(json.loads((folder / "protocol.json").read_text())) == record.protocol
     assert set(json.loads((folder / "encoders.json").read_text())) == {"blood", "clinical"}

@@ -466,7 +466,6 @@ def test_few_test_events_give_no_evaluation() -> None:
     assert ask.code(ask_sums(CALIBRATION_SLOPE, width=1)) == "malformed_request"
 
 
-@pytest.mark.xfail(reason="weights of a discrete-time model are not judged yet")
 @pytest.mark.parametrize("alpha", [50.0, 60.0])
 def test_log_odds_that_single_out_a_patient_get_nothing(alpha: float) -> None:
     """Where all but one are sure to die within an interval, one is left in the information."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from fusion import messages as m
 from fusion.averaging import LocalSteps, local_update
-from fusion.discrete import hazard_sums
+from fusion.discrete import hazard_sums, hazard_weights
 from fusion.federation.checks import is_within
 from fusion.federation.designs import NotReleased, SiteDesigns
 from fusion.federation.plan import (
@@ -24,7 +24,7 @@ from fusion.federation.site_evaluation import evaluate_site, personal_coefficien
 from fusion.late import fit_late_fusion
 from fusion.late.gated import gated_log_hazard, gated_loss_gradient
 from fusion.newton import MAX_ROUNDS, ConvergenceError, LikelihoodSums
-from fusion.privacy import outweighed, releasable_edges
+from fusion.privacy import outweighed, releasable_edges, saturated
 from fusion.survival import cox_sums, interval_sums, moments
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class SiteStudy:
     Notes
     -----
     Where the plan allows leaving sites out, the requests of these further runs carry names of their
-    own (:meth:`FederationPlan.left_out_run`), and each has a part of its own.
+    own (:meth:`FederationPlan.left_out_runs`), and each has a part of its own.
     """
 
     def __init__(
@@ -261,8 +261,10 @@ class SiteStudy:
         if outweighed(_log_hazard(inputs, beta[n_baseline:])):
             return _nothing(p, _LOWEST, len(outcome), int(outcome.event.sum()))
         if n_baseline:
-            edges = np.array(self.plan.edges_days)
-            return hazard_sums(inputs, outcome.event, outcome.time, beta, edges_days=edges)
+            rows, edges = (inputs, outcome.event, outcome.time), np.array(self.plan.edges_days)
+            if saturated(hazard_weights(*rows, beta, edges_days=edges)):
+                return _nothing(p, _LOWEST, len(outcome), int(outcome.event.sum()))
+            return hazard_sums(*rows, beta, edges_days=edges)
         return cox_sums(inputs, outcome.event, outcome.time, beta)
 
     def _refusal_of(self, design: str, event: NDArray[np.bool_], n_inputs: int) -> Refusal | None:
