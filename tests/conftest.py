@@ -6,9 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before numpy is imported: our matrices are small, and more threads wait for one another.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# A gate must not fail by chance: there the same examples are tried every time, here ever new ones.
+settings.register_profile("gate", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -72,7 +72,9 @@ def test_a_stratified_fit_needs_ten_rounds_at_most(seed: int, ridge: float) -> N
     fit = fit_cox(rows.inputs, rows.event, rows.time, strata=rows.strata, ridge=ridge)
     assert fit.rounds <= 10
     at = cox_sums(rows.inputs, rows.event, rows.time, fit.candidate, strata=rows.strata)
-    assert_allclose(at.gradient / len(rows.time), ridge * fit.candidate, atol=1e-9)
+    # The fit stops where a step gains 1e-18, which leaves a steeper slope the harder it is bent.
+    slope = at.gradient / len(rows.time) - ridge * fit.candidate
+    assert np.abs(slope).max() <= 2e-9 * np.sqrt(1.0 + ridge)
     for x in (fit.candidate, fit.covariance):
         assert np.isfinite(x).all()
 
