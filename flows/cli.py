@@ -196,6 +196,8 @@ def report(
 
     folder = _run_folder(root, run)
     target = folder / REPORT if out is None else out
+    if target.is_dir():
+        raise UsageError(f"--out: found the folder {target}, needed a file, such as report.html")
     text = render_again(folder)
     with replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -206,6 +208,8 @@ def _run_folder(root: Path, run: str | None) -> Path:
     """Folder of the run that is meant: the newest, or the only one whose name begins so."""
     from flows.report_files import RECORD
 
+    if not root.is_dir():
+        raise UsageError(f"--root: found no folder {root}, needed that of a study")
     # A demo or a study folder may be named from outside, as `consilium ui` takes it.
     found = [
         path.parent
@@ -241,11 +245,12 @@ def study_init(
 @study_app.command("check")
 def study_check(
     file: Annotated[Path, typer.Argument(help="Protocol to check.")] = Path(STUDY_FILE),
+    root: Root = Path(),
 ) -> None:
     """Validate a study.toml and print its fingerprint."""
     from flows.protocol import load_protocol
 
-    protocol = load_protocol(file)
+    protocol = load_protocol(root / file)
     _say(f"{protocol.study.name}: valid, fingerprint {protocol.fingerprint()}")
     for lowered in protocol.privacy.lowered():
         _say(f"lowered minimum: {lowered}")

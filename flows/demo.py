@@ -129,8 +129,7 @@ def run_workspace(root: Path, sites: Sequence[str], run: Run) -> dict[str, Any]:
     for site in sites:
         with watch.stage("train"):
             left_out = train_site(study, site)
-        reasons = sorted(set(left_out.values()))
-        say(f"{site}: {'; '.join(reasons) or 'encoders trained'}")
+        say(f"{site}: {_trained(left_out)}")
     with watch.stage("study"):
         outcome = run_study(study, list(sites))
     return {
@@ -140,6 +139,17 @@ def run_workspace(root: Path, sites: Sequence[str], run: Run) -> dict[str, Any]:
         "wall_s": watch.wall_s | outcome.summary["wall_s"] | {"total": watch.total_s},
         "table": outcome.table,
     }
+
+
+def _trained(left_out: dict[str, str]) -> str:
+    """Say which modalities were left out, and why; a reason that all share stands alone."""
+    reasons = {
+        reason: [x for x, of in left_out.items() if of == reason] for reason in left_out.values()
+    }
+    if list(reasons) == ["the site is below its training minimum"]:
+        return next(iter(reasons))
+    without = [f"without {', '.join(names)} ({reason})" for reason, names in reasons.items()]
+    return ", ".join(["encoders trained", *without])
 
 
 def compare_seeds(

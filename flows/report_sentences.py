@@ -217,12 +217,13 @@ def _of_the_sites(shown: Shown) -> Iterator[Markup]:
 def _of_validation(shown: Shown) -> Iterator[Markup]:
     local = [x for x, spec in shown.get("/protocol/encoder").items() if spec["sharing"] == "local"]
     external = shown.get("/totals/n_external_sites")
-    if not external and not shown.get("/results/left_out"):
+    validated = external or shown.get("/results/left_out_pooled") is not None
+    if not validated:
         yield Markup(
             "No site is external: how the model does at a hospital that it does not know is not "
             "shown."
         )
-    if local and (external or shown.get("/results/left_out")):
+    if local and validated:
         yield Markup(
             "Validation at other sites is without {}, whose encoders never leave a site: patients "
             "there count as lacking it."
@@ -262,7 +263,7 @@ def _of_the_fusion(shown: Shown) -> Iterator[Markup]:
     ]
     if idle:
         yield Markup(
-            "Leaving out {} makes the model no worse, as far as these test patients tell."
+            "Whether leaving out {} makes the model worse is not shown by these test patients."
         ).format(Markup(", or leaving out ").join(idle))
     if any(not term["varies"] for term in shown.get(pointer("models", PROTOCOL, "terms"))):
         yield Markup(

@@ -36,7 +36,7 @@ _CODES = {
     "wrong_protocol": "it approved another protocol",
     "wrong_run": "it was in another run",
     "malformed_request": "it could not read a request",
-    "already_answered": "it was asked the same twice",
+    "already_answered": "it was asked for something else than before that it tells but once",
     "rounds_spent": "it had answered as often as it allows",
     "small_cell": "a cell would have been too small",
     "site_error": "an error at the site, told in the site's own log",

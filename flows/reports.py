@@ -227,8 +227,8 @@ def _reference_notes(record: StudyRecord) -> list[str]:
         f"On all test patients of all sites, whose rows may be pooled as the data are "
         f"{record.protocol.study.data}: {values}; mean of models trained at one site "
         f"{reference.local_mean:.3f}.",
-        "Largest gap between the federated coefficients and an independent library's fit to the "
-        f"pooled rows: {reference.max_coefficient_gap:.1e}.",
+        "Largest gap between the federated coefficients and those of a fit of the pooled rows, by "
+        f"an independent library where there is one: {reference.max_coefficient_gap:.1e}.",
     ]
 
 

@@ -109,9 +109,18 @@ class Conversation:
         return len(self.rounds) + 1
 
     def ask(
-        self, request: m.Message, expected: type[Reply], sites: Sequence[str], *, stage: str
+        self,
+        request: m.Message,
+        expected: type[Reply],
+        sites: Sequence[str],
+        *,
+        stage: str,
+        forgiving: bool = False,
     ) -> dict[str, Reply]:
-        """Put one request to these sites; whoever does not answer it as expected has left."""
+        """Put one request to these sites.
+
+        Whoever does not answer it as expected has left, unless the request is ``forgiving``.
+        """
         payload = m.encode(request)
         started = clock.perf_counter()
         raw = self.transport.ask(payload, sites)
@@ -120,7 +129,7 @@ class Conversation:
             reply = _read(raw.get(site))
             if isinstance(reply, expected) and is_reply_to(request, reply, self.plan):
                 replies[site] = reply
-            else:
+            elif not forgiving:
                 self._drop(site, reply)
         self.rounds.append(
             RoundRecord(

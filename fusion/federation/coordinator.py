@@ -272,8 +272,10 @@ class Coordinator:
         if not fits:
             return {}
         self._average(fits, stage="networks")
-        self._tell_networks(fits)
-        return {x: fits[x].candidate for x in offered}
+        trained = {n: f for n, f in fits.items() if fits[n.partition("/")[0]].converged}
+        if trained:
+            self._tell_networks(trained)
+        return {x: fits[x].candidate for x in offered if x in trained}
 
     def _average(self, fits: dict[str, AveragedFit], *, stage: str, ridge: float = 0.0) -> None:
         fit_by_averaging(self.talk, fits, stage=stage, ridge=ridge, checkpoint=self._checkpoint)
@@ -389,13 +391,20 @@ class Coordinator:
             between_site_variance=np.nan_to_num(fusion.heterogeneity.tau_squared, nan=0.0),
         )
         outcomes = self.talk.outcomes
-        asked = tuple(s for s in self.talk.reachable if outcomes[s].n_test > 0)
+        asked = tuple(
+            s
+            for s in self.talk.reachable
+            if outcomes[s].n_test > 0 and (s in self.talk.left_out or not self.plan.brief)
+        )
         replies = self.talk.ask(ask, m.Evaluation, asked, stage="evaluation")
         self.talk.round_done()
         return replies
 
     def calibration_slope(self, evaluated: Sequence[str]) -> Estimate | None:
-        """Cox model of the test patients on the protocol's log hazard, stratified by site.
+        """Model of the test patients on the protocol's log hazard alone, by site.
+
+        It is a Cox model stratified by site, or the discrete-time model with its own log odds of
+        the intervals and a free intercept of each site.
 
         Returns
         -------
@@ -404,16 +413,22 @@ class Coordinator:
             no site can tell or it has no finite maximum.
         """
         fit = NewtonFit(n_inputs=1, start=np.ones(1))
+        asked = tuple(evaluated)
         try:
-            while not fit.converged:
+            while asked and not fit.converged:
                 at = fit.candidate[None, :]
                 ask = m.AskSums(self.plan.run, self.talk.number, (CALIBRATION_SLOPE,), at)
-                replies = self.talk.ask(ask, m.Sums, evaluated, stage="calibration")
+                # Whoever cannot tell the slope has taken part in all the rest, and stays.
+                replies = self.talk.ask(ask, m.Sums, asked, stage="calibration", forgiving=True)
                 self.talk.round_done()
-                if len(replies) < len(evaluated) or not replies:
-                    return None
+                if len(replies) < len(asked):
+                    asked = tuple(replies)
+                    fit.restart()
+                    continue
                 fit.advance(add([_only(r) for r in replies.values()]))
         except ConvergenceError:
+            return None
+        if not fit.converged or not fit.covariance[0, 0] > 0.0:
             return None
         value, error = float(fit.candidate[0]), float(np.sqrt(fit.covariance[0, 0]))
         return Estimate(value, error, value - _Z * error, value + _Z * error)
@@ -449,7 +464,7 @@ class Coordinator:
         encoders = self.fit_encoders()
         fusion = self.fit_fusion()
         evaluations = self.evaluate(fusion)
-        slope = self.calibration_slope(tuple(evaluations))
+        slope = None if self.plan.brief else self.calibration_slope(tuple(evaluations))
         return self.fitted(encoders, fusion, evaluations, slope)
 
 

@@ -43,7 +43,8 @@ class SiteDesigns:
     encoded
         Per modality the log hazards of the consortium's encoder.
     slope
-        Test log hazards whose calibration slope is asked for.
+        Test log hazards whose calibration slope is asked for; ``slope_baseline`` are the log odds
+        of a discrete model's intervals.
     """
 
     plan: FederationPlan
@@ -52,6 +53,7 @@ class SiteDesigns:
     axes: dict[str, Floats] = field(default_factory=dict)
     encoded: dict[str, Split] = field(default_factory=dict)
     slope: Floats | None = None
+    slope_baseline: Floats = field(default_factory=lambda: np.zeros(0))
     _matrices: dict[tuple[str, int | None], tuple[Floats, Outcome]] = field(default_factory=dict)
 
     @property

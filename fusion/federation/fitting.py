@@ -10,7 +10,7 @@ import numpy as np
 from fusion import messages as m
 from fusion.averaging import AveragedFit, WeightsUpdate
 from fusion.federation.conversation import add
-from fusion.federation.plan import PROTOCOL, site_groups
+from fusion.federation.plan import MAX_TRY_ROUNDS, PROTOCOL, site_groups
 from fusion.newton import ConvergenceError, LikelihoodSums, NewtonFit
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class Fit:
             self.failed = True
         if self.newton.accepted is asked:
             self.by_site = dict(parts)
+        given_up = self.newton.rounds >= MAX_TRY_ROUNDS and not self.newton.converged
+        self.failed |= bool(self.left_out) and given_up
 
 
 def fit_from_sums(talk: Conversation, fits: Mapping[str, Fit], *, stage: str) -> None:
@@ -241,10 +243,15 @@ def fit_by_averaging(
             if name in fits
         }
     while active := {name: fit for name, fit in fits.items() if _is_trained(talk, name, fit)}:
-        weights = stack([fit.candidate for fit in active.values()])
+        weights, roster = stack([fit.candidate for fit in active.values()]), talk.roster
         request = m.AskUpdates(talk.plan.run, talk.number, tuple(active), weights, ridge)
-        replies = talk.ask(request, m.Updates, talk.roster, stage=stage)
+        replies = talk.ask(request, m.Updates, roster, stage=stage)
         talk.require_quorum()
+        if talk.roster != roster:  # the best loss so far is of other patients
+            for fit in fits.values():
+                fit.restart()
+            talk.round_done()
+            continue
         for row, fit in enumerate(active.values()):
             updates = [_update(r, row, len(fit.candidate)) for r in replies.values()]
             fit.advance([x for x in updates if x.n_events > 0])

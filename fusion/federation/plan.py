@@ -22,6 +22,8 @@ CALIBRATION_SLOPE: Final = "calibration_slope"
 RESERVED_NAMES: Final = (PROTOCOL, LOCAL_ENCODERS, LOCAL_ONLY, PERSONALISED, CALIBRATION_SLOPE)
 MAX_SITE_GROUPS: Final = 5
 MAX_LEFT_OUT: Final = 10
+# A fit that helps to choose a penalty and has not converged by then counts as failed.
+MAX_TRY_ROUNDS: Final = 15
 
 FusionKind = Literal["cox", "logistic_hazard", "gated"]
 
@@ -102,6 +104,9 @@ class FederationPlan:
         Risks by the horizon at which net benefit is computed, increasing.
     leave_one_site_out
         Whether the study is repeated without each training site, and evaluated there.
+    brief
+        Whether this is such a run: only sites left out are evaluated, and tell of no table, because
+        tables of almost the same groups would tell of the few patients between them.
     """
 
     run: str
@@ -124,6 +129,7 @@ class FederationPlan:
     treatments: tuple[str, ...] = ()
     thresholds: tuple[float, ...] = ()
     leave_one_site_out: bool = False
+    brief: bool = False
     minimum: MinimumCounts = field(default_factory=MinimumCounts)
 
     @property
@@ -139,7 +145,13 @@ class FederationPlan:
     def left_out_plan(self, run: str) -> FederationPlan:
         """Plan of one of these runs: the same study, reported in less detail."""
         return replace(
-            self, run=run, leave_one_site_out=False, subgroups={}, treatments=(), thresholds=()
+            self,
+            run=run,
+            leave_one_site_out=False,
+            subgroups={},
+            treatments=(),
+            thresholds=(),
+            brief=True,
         )
 
     @property
@@ -208,7 +220,8 @@ class FederationPlan:
         """Every fit from sums that a site answers for."""
         folds = [fit for modality in self.sums for fit in self.fold_fits(modality)]
         tries = [fit for design in (*self.sums, PROTOCOL) for fit in self.try_fits(design)]
-        return (*self.designs, *folds, *tries, CALIBRATION_SLOPE)
+        slope = () if self.brief else (CALIBRATION_SLOPE,)
+        return (*self.designs, *folds, *tries, *slope)
 
     @property
     def network_fits(self) -> tuple[str, ...]:
@@ -227,6 +240,8 @@ class FederationPlan:
 
     def try_fits(self, design: str) -> tuple[str, ...]:
         """Names of the fits that choose a penalty: each strength without each group of sites."""
+        if len(self.ridges(design)) == 1:
+            return ()
         return tuple(
             self.try_fit(design, strength, group)
             for strength in range(len(self.ridges(design)))

@@ -255,11 +255,14 @@ def _difference(row: int, parts: Sequence[Evaluation]) -> Estimate | None:
     both = [e for e in parts if e.pairs[0].any() and e.pairs[row].any()]
     if not both:
         return None
-    return concordance_difference(
-        [PairCounts.from_vector(e.pairs[0]) for e in both],
-        [PairCounts.from_vector(e.pairs[row]) for e in both],
-        [float(e.cross[row]) for e in both],
-    )
+    try:
+        return concordance_difference(
+            [PairCounts.from_vector(e.pairs[0]) for e in both],
+            [PairCounts.from_vector(e.pairs[row]) for e in both],
+            [float(e.cross[row]) for e in both],
+        )
+    except ValueError:  # no comparable pair, or a site whose counts do not agree
+        return None
 
 
 def _by_site(vectors: dict[str, Floats]) -> dict[str, Estimate]:

@@ -16,6 +16,7 @@ from fusion.federation.designs import NotReleased, SiteDesigns
 from fusion.federation.plan import (
     CALIBRATION_SLOPE,
     LOCAL_ENCODERS,
+    MAX_TRY_ROUNDS,
     PROTOCOL,
     FederationPlan,
 )
@@ -82,8 +83,8 @@ class SiteStudy:
         self._trains_here: bool | None = None
         self._approved = plan
         self._grid_agreed = False
-        self._leaves_sites_out = False
         self._own: list[FusionModel | None] = []
+        self._absent_from: str | None = None
         self._networks: dict[str, Floats] = {}
         self._answered: dict[type, bytes] = {}
         self._sums_given: Counter[str] = Counter()
@@ -129,6 +130,7 @@ class SiteStudy:
                 raise NotReleased("malformed_request")
             run = request.run  # type: ignore[union-attr]
             if run in self._left_out:
+                self._require_one_absence(request)
                 return self._part_in(run).answer(payload)
             if run != self.plan.run:
                 raise NotReleased("wrong_run")
@@ -148,18 +150,24 @@ class SiteStudy:
             self._on_error(error)
         return m.encode(m.Refused(code))
 
+    def _require_one_absence(self, request: Any) -> None:
+        """Let this site be left out of one run only: its patients are then evaluated but once."""
+        if isinstance(request, m.Describe) and not request.trains:
+            if self._absent_from not in (None, request.run):
+                raise NotReleased("already_answered")
+            self._absent_from = request.run
+
     def _part_in(self, run: str) -> SiteStudy:
         part = self._left_out[run]
         if part is None:
             plan = self._approved.left_out_plan(run)
             part = self._left_out[run] = SiteStudy(plan, self.rows, on_error=self._on_error)
-            part._leaves_sites_out = True
         return part
 
     def _require_first(self, request: Any) -> None:
         """Let some requests differ but once in a run; the same again is a network's doing."""
         said = self._trains_here is not None or isinstance(request, m.Describe)
-        if self._leaves_sites_out and not said:
+        if self.plan.brief and not said:
             # Else training rows could give sums first and be evaluated as test rows then.
             raise NotReleased("malformed_request")
         if isinstance(request, _ONCE):
@@ -178,12 +186,12 @@ class SiteStudy:
     def _describe(self, request: m.Describe) -> m.Description:
         if request.protocol != self.plan.protocol or request.modalities != self.plan.modalities:
             raise NotReleased("wrong_protocol")
-        if not (request.trains or self._leaves_sites_out):
+        if not (request.trains or self.plan.brief):
             raise NotReleased("malformed_request")
         if self._trains_here is None:
             self._trains_here = request.trains
             if not request.trains:
-                self.designs.rows = self.rows.as_external()
+                self._become_external()
         elif self._trains_here != request.trains:
             raise NotReleased("already_answered")
         designs = self.designs
@@ -202,6 +210,18 @@ class SiteStudy:
             cross_fits=np.array([designs.cross_fits(x) for x in request.modalities]),
             reduces=np.array([designs.reduces(x) for x in request.modalities]),
         )
+
+    def _become_external(self) -> None:
+        """Take part as if this site had never trained, unless that would single patients out.
+
+        Who has nothing but modalities with local encoders is then not evaluated, and would follow
+        from the counts of the study's own run by subtraction.
+        """
+        took_part = int(self.designs.fused.sum()) + int(self.designs.tested.sum())
+        self.designs.rows = self.rows.as_external()
+        left = took_part - int(self.designs.tested.sum())
+        if 0 < left < self.plan.minimum.cell:
+            raise NotReleased("small_cell")
 
     def _moments(self, request: m.AskMoments) -> m.DesignMoments:
         width = max(self.plan.n_inputs(design) for design in request.designs)
@@ -258,6 +278,8 @@ class SiteStudy:
         n_baseline = self.plan.n_baseline if design in self.plan.arms else 0
         if n_baseline:
             self._require_grid()
+        if design == CALIBRATION_SLOPE:
+            return self._slope_sums(beta)
         if outweighed(_log_hazard(inputs, beta[n_baseline:])):
             return _nothing(p, _LOWEST, len(outcome), int(outcome.event.sum()))
         if n_baseline:
@@ -267,16 +289,46 @@ class SiteStudy:
             return hazard_sums(*rows, beta, edges_days=edges)
         return cox_sums(inputs, outcome.event, outcome.time, beta)
 
+    def _slope_sums(self, slope: Floats) -> LikelihoodSums:
+        """Give the sums of the one coefficient that stretches the test rows' log hazards."""
+        inputs, outcome = self.designs.design(CALIBRATION_SLOPE)
+        if outweighed(_log_hazard(inputs, slope)):
+            raise NotReleased("small_cell")
+        k, rows = self.plan.n_baseline, (inputs, outcome.event, outcome.time)
+        if k == 0:
+            return cox_sums(*rows, slope)
+        # The log odds of the intervals are the model's own, and the site's intercept is free.
+        theta = np.concatenate([self.designs.slope_baseline, slope])
+        edges = np.array(self.plan.edges_days)
+        if saturated(hazard_weights(*rows, theta, edges_days=edges)):
+            raise NotReleased("small_cell")
+        sums = hazard_sums(*rows, theta, edges_days=edges)
+        return replace(sums, gradient=sums.gradient[k:], information=sums.information[k:, k:])
+
     def _refusal_of(self, design: str, event: NDArray[np.bool_], n_inputs: int) -> Refusal | None:
         if design == CALIBRATION_SLOPE:
             enough = int(event.sum()) >= self.plan.minimum.test_events
             return None if enough else "below_minimum_events"
         return self.designs.refusal(event, n_inputs)
 
+    def _spend(self, fits: tuple[str, ...]) -> None:
+        """Count sums per fit, and those of all fits that choose one penalty together.
+
+        The latter are sums of the same rows, so that each of their names adds to what one learns.
+        """
+        self._sums_given.update(fits)
+        for fit in fits:
+            design, _, part = fit.partition("/")
+            tried = part.startswith("try-")
+            if tried:
+                self._sums_given[f"{design}/try"] += 1
+            most = MAX_TRY_ROUNDS * len(self.plan.try_fits(design))
+            spent = tried and self._sums_given[f"{design}/try"] > most
+            if spent or self._sums_given[fit] > MAX_SUMS_PER_FIT:
+                raise NotReleased("rounds_spent")
+
     def _sums(self, request: m.AskSums) -> m.Sums:
-        if any(self._sums_given[fit] >= MAX_SUMS_PER_FIT for fit in request.fits):
-            raise NotReleased("rounds_spent")
-        self._sums_given.update(request.fits)
+        self._spend(request.fits)
         n_fits, width = request.coefficients.shape
         gradient, information = np.zeros((n_fits, width)), np.zeros((n_fits, width, width))
         found = []
@@ -466,6 +518,8 @@ class SiteStudy:
         test = self.designs.test
         if int(test.event.sum()) < self.plan.minimum.test_events:
             raise NotReleased("below_minimum_events")
+        if self.plan.brief and self._trains_here is not False:
+            raise NotReleased("already_answered")  # in the study's own run
         scored: list[Floats | None] = []
         for arm, beta in zip(request.arms, request.coefficients, strict=True):
             known = ~np.isnan(self.columns(arm).test[self.designs.tested]).all()
@@ -476,6 +530,7 @@ class SiteStudy:
             raise NotReleased("modality_absent")
         scored += [self._own_log_hazard(), self._personal_log_hazard(request)]
         self.designs.slope = scored[0]
+        self.designs.slope_baseline = request.baseline[0][: self.plan.n_baseline]
         return evaluate_site(request, self.designs, scored)
 
     def _own_log_hazard(self) -> Floats | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from fusion.evaluation import (
 )
 from fusion.federation.plan import PROTOCOL
 from fusion.newton import ConvergenceError, NewtonFit
+from fusion.privacy import outweighed
 from fusion.survival import cox_sums, cumulative_hazard
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def evaluate_site(
     def of_each(count: Callable[[Floats], PairCounts]) -> Floats:
         return np.array([_no_pairs() if x is None else count(x).to_vector() for x in scored])
 
-    return m.Evaluation(
+    evaluated = m.Evaluation(
         n_test=len(test),
         n_test_events=int(test.event.sum()),
         pairs=of_each(lambda x: pair_counts(x, test.event, test.time)),
@@ -93,6 +94,20 @@ def evaluate_site(
         observed_expected=np.array([sums for *_, sums in tables]),
         **_details(request, designs, scored[0], curve=curve),
     )
+    return _without_tables(evaluated) if plan.brief else evaluated
+
+
+def _without_tables(evaluated: m.Evaluation) -> m.Evaluation:
+    """Keep pairs and events of the protocol's arm; the rest as zeros."""
+    kept = {"pairs", "auc", "observed_expected"}
+    found: dict[str, Any] = {}
+    for part in fields(evaluated):
+        values = getattr(evaluated, part.name)
+        if isinstance(values, np.ndarray):
+            found[part.name] = np.zeros_like(values)
+            if part.name in kept:
+                found[part.name][0] = values[0]
+    return replace(evaluated, **found)
 
 
 def _censoring(designs: SiteDesigns) -> CensoringCurve:
@@ -115,11 +130,13 @@ def _cross(first: Floats | None, other: Floats | None, test: Outcome) -> float:
 def _alone(designs: SiteDesigns) -> Floats:
     """Pairs of each modality's own log hazard, among the patients who have it."""
     test, cell = designs.test, designs.plan.minimum.cell
-    found = []
+    found, others = [], [np.ones(len(test), dtype=bool)]
     for column in designs.columns(PROTOCOL).test[designs.tested].T:
         has = ~np.isnan(column)
-        # The few who lack it would follow by subtraction from the counts of all.
-        told = int(has.sum()) >= cell and not 0 < int((~has).sum()) < cell
+        # The few who lack it, or lack another one told, would follow by subtraction.
+        apart = [int(np.sum(has != other)) for other in others]
+        told = int(has.sum()) >= cell and not any(0 < n < cell for n in apart)
+        others += [has] if told else []
         pairs = pair_counts(column[has], test.event[has], test.time[has]) if told else None
         found.append(_no_pairs() if pairs is None else pairs.to_vector())
     return np.array(found)
@@ -135,9 +152,8 @@ def _apart(
     ]
     shown = np.ones((len(groups), 1), dtype=bool)
     for row, group in enumerate(groups):
-        others = [x for x in groups[:row] if x is not None and group is not None]
-        moved = [int(np.sum(group != other)) for other in others]
-        shown[row] = not any(0 < n < cell for n in moved)
+        others = [x for x in groups[:row] if x is not None]
+        shown[row] = group is not None and not any(_almost_alike(group, x, cell) for x in others)
     return shown
 
 
@@ -188,6 +204,11 @@ def _expected(
     return at_edges, expected, test.event & (test.time <= horizon)
 
 
+def _stands_out(log_hazard: Floats) -> bool:
+    """Whether one patient carries a sum weighted by hazard, or by its inverse."""
+    return outweighed(log_hazard) or outweighed(-log_hazard)
+
+
 def _arm_tables(
     request: m.AskEvaluation,
     row: int,
@@ -198,7 +219,7 @@ def _arm_tables(
     curve: CensoringCurve,
 ) -> tuple[Floats, Floats, Floats, Floats]:
     """Brier sums, life table, calibration, events seen and expected; small cells are zeros."""
-    told = log_hazard is not None
+    told = log_hazard is not None and not _stands_out(log_hazard)
     scores = log_hazard if log_hazard is not None else np.zeros(len(test))
     edges, cuts = np.array(plan.edges_days), request.groups[row]
     at_edges, expected, seen = _expected(plan, request.baseline[row], scores, test)
@@ -234,7 +255,7 @@ def _details(
 ) -> dict[str, Floats]:
     """Give the protocol's arm by subgroup, by threshold of net benefit, and by treatment."""
     plan, test = designs.plan, designs.test
-    told = log_hazard is not None
+    told = log_hazard is not None and not _stands_out(log_hazard)
     scores = log_hazard if log_hazard is not None else np.zeros(len(test))
     _, expected, seen = _expected(plan, request.baseline[0], scores, test)
     pairs, sums = _by_subgroup(designs, scores, expected, seen)
@@ -300,7 +321,7 @@ def _by_subgroup(
     return np.concatenate(pairs), np.concatenate(sums)
 
 
-def _almost_alike(codes: Floats, other: Floats, cell: int) -> bool:
+def _almost_alike(codes: NDArray[Any], other: NDArray[Any], cell: int) -> bool:
     """Whether a level of one variable, or its complement, is one of another but for a few."""
     parts, others = (
         [x == level for level in np.unique(x) if level >= 0 and np.sum(x == level) >= cell]
