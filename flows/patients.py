@@ -38,7 +38,7 @@ def patient_table(
     -------
     pandas.DataFrame
         Indexed by patient id: ``split``, ``log_hazard`` (higher is worse), its
-        ``standard_error``, ``risk`` of the event by the horizon, and per modality
+        ``standard_error``, ``risk_by_DAYS_days`` of the event by the horizon, and per modality
         ``contribution_NAME``, its part of the log hazard; missing for a patient without any
         modality. Training patients are scored by encoders that did not see them, where the study
         was cross-fitted.
@@ -51,7 +51,7 @@ def patient_table(
     table["log_hazard"] = model.predict(whole)
     table["standard_error"] = model.predict_standard_error(whole)
     surviving = model.predict_survival_function(whole, np.array([horizon_days]))
-    table["risk"] = 1.0 - surviving[:, 0]
+    table[f"risk_by_{horizon_days:g}_days"] = 1.0 - surviving[:, 0]
     for name, part in zip(model.modalities, model.contributions(whole).T, strict=True):
         table[f"contribution_{name}"] = part
     return table

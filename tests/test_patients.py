@@ -63,7 +63,7 @@ def test_each_patient_has_a_risk_and_its_parts(
     model = fitted.models[PROTOCOL]
     table = patient_table(inputs, study, model, horizon_days=1095.0)
     assert list(table.columns) == [
-        "split", "log_hazard", "standard_error", "risk",
+        "split", "log_hazard", "standard_error", "risk_by_1095_days",
         "contribution_pathology", "contribution_radiology", "contribution_clinical",
     ]  # fmt: skip
     assert table.index.name == "patient_id"
@@ -75,13 +75,16 @@ def test_each_patient_has_a_risk_and_its_parts(
     assert of_test.drop(columns="split").iloc[3].isna().all()
     known = table["log_hazard"].notna()
     assert known.sum() == len(table) - 1
-    assert table["risk"][known].between(0.0, 1.0).all()
-    assert table["log_hazard"][known].corr(table["risk"][known], method="spearman") > 0.999
+    assert table["risk_by_1095_days"][known].between(0.0, 1.0).all()
+    assert (
+        table["log_hazard"][known].corr(table["risk_by_1095_days"][known], method="spearman")
+        > 0.999
+    )
     columns = study.columns(PROTOCOL)
     np.testing.assert_allclose(table.loc[inputs.train, "log_hazard"], model.predict(columns.train))
     np.testing.assert_allclose(of_test["log_hazard"], model.predict(columns.test))
     surviving = model.predict_survival_function(columns.test, [1095.0])[:, 0]
-    np.testing.assert_allclose(of_test["risk"], 1.0 - surviving)
+    np.testing.assert_allclose(of_test["risk_by_1095_days"], 1.0 - surviving)
 
 
 def test_only_the_site_can_read_its_file(tmp_path: Path) -> None:
