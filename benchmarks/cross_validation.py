@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.progress import track
+from threadpoolctl import threadpool_limits
 
 from flows.inputs import ModalityInputs, SiteInputs, harmonised, may_train
 from flows.memory import fit_in_memory
@@ -332,7 +333,9 @@ def run(
     """Print a benchmark's figures as one JSON object; 2 with one sentence where it cannot run."""
     parsed = parser.parse_args(arguments)
     try:
-        found = study(parsed)
+        # The matrices are small: more threads in each product only wait for one another.
+        with threadpool_limits(limits=1, user_api="blas"):
+            found = study(parsed)
     except (DataError, ProtocolError, QuorumNotMet, ConvergenceError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
