@@ -177,6 +177,7 @@ _STAGES = {
 }
 
 
+@pytest.mark.timeout(1500)
 def test_killed_at_any_stage_it_continues_to_the_same_model(
     raw: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -201,7 +202,7 @@ def _run_until(root: Path, sign: str) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 420
     while not any(root.glob(sign)):
         assert process.poll() is None, f"the run ended before {sign}"
         assert time.monotonic() < deadline
