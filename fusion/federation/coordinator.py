@@ -25,6 +25,7 @@ from fusion.federation.fitting import (
     fit_by_averaging,
     fit_from_sums,
     stack,
+    sums_of,
 )
 from fusion.federation.plan import CALIBRATION_SLOPE, PROTOCOL, FederationPlan
 from fusion.late import (
@@ -35,7 +36,7 @@ from fusion.late import (
     baseline_hazard,
 )
 from fusion.late.gated import initial_gated_weights
-from fusion.newton import ConvergenceError, LikelihoodSums, NewtonFit
+from fusion.newton import ConvergenceError, NewtonFit
 from fusion.survival import Moments
 
 if TYPE_CHECKING:
@@ -425,7 +426,7 @@ class Coordinator:
                     asked = tuple(replies)
                     fit.restart()
                     continue
-                fit.advance(add([_only(r) for r in replies.values()]))
+                fit.advance(add([sums_of(r, 0, 1) for r in replies.values()]))
         except ConvergenceError:
             return None
         if not fit.converged or not fit.covariance[0, 0] > 0.0:
@@ -518,16 +519,6 @@ def leave_one_site_out(
         except (QuorumNotMet, ConvergenceError) as error:
             found[tuple(group)] = type(error).__name__
     return found
-
-
-def _only(reply: m.Sums) -> LikelihoodSums:
-    return LikelihoodSums(
-        float(reply.log_likelihood[0]),
-        reply.gradient[0],
-        reply.information[0],
-        int(reply.n_patients[0]),
-        int(reply.n_events[0]),
-    )
 
 
 def _averaged(plan: AveragingPlan, start: Floats) -> AveragedFit:

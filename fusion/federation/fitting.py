@@ -106,7 +106,7 @@ def fit_from_sums(talk: Conversation, fits: Mapping[str, Fit], *, stage: str) ->
             talk.round_done()
             continue
         for row, fit in enumerate(active.values()):
-            fit.take({s: _row(r, row, fit.newton.n_inputs) for s, r in replies.items()})
+            fit.take({s: sums_of(r, row, fit.newton.n_inputs) for s, r in replies.items()})
         reached = [fit.newton.objective for fit in fits.values() if not fit.failed]
         whole = bool(reached) and np.isfinite(reached).all()
         talk.round_done(float(np.mean(reached)) if whole else float("nan"))
@@ -120,7 +120,8 @@ def _goes_on(talk: Conversation, name: str, fit: Fit) -> bool:
     return design not in talk.plan.sums or design in talk.offered
 
 
-def _row(reply: m.Sums, row: int, p: int) -> LikelihoodSums:
+def sums_of(reply: m.Sums, row: int, p: int) -> LikelihoodSums:
+    """Take one fit of p coefficients from a reply that holds several, padded to the widest."""
     return LikelihoodSums(
         float(reply.log_likelihood[row]),
         reply.gradient[row, :p],

@@ -206,9 +206,13 @@ class FederationPlan:
 
     def n_weights(self, fit: str) -> int:
         """Count the weights of a network, folds included."""
-        design = fit.partition("/")[0]
-        plan = self.gating if design == PROTOCOL else self.networks[design]
+        plan = self.averaging(fit)
         return 0 if plan is None else len(plan.start)
+
+    def averaging(self, fit: str) -> AveragingPlan | None:
+        """How a network is trained, folds included; None for gates that the model has not."""
+        design = fit.partition("/")[0]
+        return self.gating if design == PROTOCOL else self.networks[design]
 
     @property
     def designs(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from fusion.evaluation import (
     NoComparablePairs,
     ObservedExpected,
     PairCounts,
+    SubgroupSums,
     TreatmentSums,
     calibration,
     concordance_difference,
@@ -28,6 +29,7 @@ from fusion.evaluation import (
     log_rank_test,
     net_benefit,
     observed_expected_ratio,
+    subgroup_figures,
     survival_from_life_table,
     treatment_comparison,
 )
@@ -300,24 +302,14 @@ def _brier(vectors: Sequence[Floats], edges: Floats) -> Estimate | None:
 
 
 def _subgroups(plan: FederationPlan, released: dict[str, Evaluation]) -> tuple[SubgroupResult, ...]:
-    found = []
+    sums = [SubgroupSums(e.subgroup_pairs, e.subgroup_expected) for e in released.values()]
     names = [(variable, level) for variable, of in plan.subgroups.items() for level in of]
-    for row, (variable, level) in enumerate(names):
-        pairs = [e.subgroup_pairs[row] for e in released.values() if e.subgroup_pairs[row].any()]
-        counts = [PairCounts.from_vector(v) for v in pairs]
-        found.append(
-            SubgroupResult(
-                variable=variable,
-                level=level,
-                n_patients=round(sum(c.n_patients for c in counts)),
-                n_events=round(sum(c.n_events for c in counts)),
-                concordance=_concordance(pairs),
-                observed_expected=_observed_expected(
-                    [e.subgroup_expected[row] for e in released.values()]
-                ),
-            )
-        )
-    return tuple(found)
+    if not sums:
+        return tuple(SubgroupResult(*name, 0, 0, None, None) for name in names)
+    return tuple(
+        SubgroupResult(*name, x.n_patients, x.n_events, x.concordance, x.observed_expected)
+        for name, x in zip(names, subgroup_figures(sums), strict=True)
+    )
 
 
 def _net_benefit(plan: FederationPlan, released: dict[str, Evaluation]) -> NetBenefit | None:

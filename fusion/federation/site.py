@@ -392,8 +392,7 @@ class SiteStudy:
         return m.Updates(weights, loss, counts[0], counts[1])
 
     def _averaging(self, fit: str) -> AveragingPlan:
-        design = fit.partition("/")[0]
-        found = self.plan.gating if design == PROTOCOL else self.plan.networks[design]
+        found = self.plan.averaging(fit)
         if found is None:
             raise NotReleased("malformed_request")
         return found
