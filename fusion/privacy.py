@@ -20,6 +20,18 @@ Refusal = Literal[
     "rounds_spent",
     "small_cell",
     "site_error",
+    "not_approved",
+    "replayed",
+    "bad_signature",
+    "unknown_sender",
+    "roster_too_small",
+    "roster_changed",
+    "bad_key",
+    "mask_spent",
+    "overflow",
+    "budget_spent",
+    "withdrawn",
+    "not_within_bounds",
 ]
 
 
