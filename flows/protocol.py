@@ -154,10 +154,16 @@ class EvaluationSection(_Section):
 
 
 class FederationSection(_Section):
-    """How sums are added."""
+    """How sums are added, and who must be there."""
 
-    sums: Literal["plain"] = Field(
-        default="plain", description="the coordinator sees each site's sums"
+    sums: Literal["plain", "secure_sum"] = Field(
+        default="plain",
+        description="plain: the coordinator sees each site's sums; secure_sum: it sees those of at "
+        "least three sites together, and nothing is told of differences between sites",
+    )
+    min_sites: int = Field(default=1, ge=1, le=1000, description="training sites a run needs")
+    timeout_s: float = Field(
+        default=300.0, gt=0, le=86_400, description="after which a silent site has left the run"
     )
 
 
@@ -221,6 +227,16 @@ class StudyProtocol(_Section):
             self._check_encoder(name)
         self._check_evaluation()
         self._check_weights()
+        if self.evaluation.leave_one_site_out and self.federation.sums == "secure_sum":
+            raise ValueError(
+                "evaluation.leave_one_site_out: found it with secure sums, needed plain ones, "
+                "because a total less the total without a site is that site's sum"
+            )
+        if len(self.study.grid_days) > self.privacy.intervals:
+            raise ValueError(
+                f"study.grid_days: found {len(self.study.grid_days)} intervals, needed at most "
+                f"{self.privacy.intervals} (privacy.intervals); join some"
+            )
         lowered = self.privacy.lowered()
         if lowered and self.study.data == "patients":
             raise ValueError(
@@ -356,8 +372,14 @@ class StudyProtocol(_Section):
         """SHA-256 over the canonical JSON of :meth:`values`."""
         return fingerprint(self.values())
 
-    def plan(self, run: str) -> FederationPlan:
-        """Give the part that the federation runs on."""
+    def plan(self, run: str, *, minimum: MinimumCounts | None = None) -> FederationPlan:
+        """Give the part that the federation runs on.
+
+        Parameters
+        ----------
+        minimum
+            Limits that hold at a site in place of the protocol's.
+        """
         sums = self.sums_inputs()
         return FederationPlan(
             run=run,
@@ -379,7 +401,10 @@ class StudyProtocol(_Section):
             treatments=self.treatments(),
             thresholds=self.evaluation.thresholds,
             leave_one_site_out=self.evaluation.leave_one_site_out,
-            minimum=self.privacy,
+            secure_sum=self.federation.sums == "secure_sum",
+            min_sites=self.federation.min_sites,
+            minimum=self.privacy if minimum is None else minimum,
+            study=self.study.name,
         )
 
     def _components(self, sums: dict[str, tuple[str, ...]]) -> dict[str, int]:

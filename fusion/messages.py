@@ -32,12 +32,14 @@ class MessageError(ValueError):
 
 @dataclass(frozen=True)
 class Shape:
-    """Dtype and shape of an array field; a letter stands for any size, equal within a message."""
+    """Dtype and shape of an array field; a name stands for any size, equal within a message."""
 
     dtype: str
     dims: tuple[str, ...]
 
 
+Words = NDArray[np.uint64]
+Bytes = NDArray[np.uint8]
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -45,6 +47,29 @@ PerFit = Annotated[Floats, Shape("<f8", ("fits",))]
 PerFitCount = Annotated[Counts, Shape("<i8", ("fits",))]
 PerFitInput = Annotated[Floats, Shape("<f8", ("fits", "inputs"))]
 PerFitWeight = Annotated[Floats, Shape("<f8", ("fits", "weights"))]
+
+
+@dataclass(frozen=True)
+class Introduce:
+    """Coordinator: a run of this protocol with this code is about to begin; here is who approved.
+
+    One signature per site named, over its approval; ``settings`` are the digests of their own
+    limits that they signed with it.
+    """
+
+    protocol: str
+    code: str
+    consortium: str
+    sites: tuple[str, ...]
+    settings: tuple[str, ...]
+    signatures: Annotated[Bytes, Shape("|u1", ("sites", "64"))]
+
+
+@dataclass(frozen=True)
+class Introduced:
+    """Site: takes part, with the cohort of this digest under its own secret."""
+
+    cohort: str
 
 
 @dataclass(frozen=True)
@@ -76,6 +101,41 @@ class Description:
     contributes: Annotated[Flags, Shape("|b1", ("modalities",))]
     cross_fits: Annotated[Flags, Shape("|b1", ("modalities",))]
     reduces: Annotated[Flags, Shape("|b1", ("modalities",))]
+
+
+@dataclass(frozen=True)
+class AskKey:
+    """Coordinator: make a new key for the secure sums of these sites, the only ones to be added."""
+
+    run: str
+    attempt: int
+    roster: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Key:
+    """Site: an ephemeral public key, signed for this run, attempt and roster."""
+
+    public: Annotated[Bytes, Shape("|u1", ("32",))]
+    signature: Annotated[Bytes, Shape("|u1", ("64",))]
+
+
+@dataclass(frozen=True)
+class SetKeys:
+    """Coordinator: the keys of all sites of the roster, to be checked by each."""
+
+    run: str
+    attempt: int
+    roster: tuple[str, ...]
+    publics: Annotated[Bytes, Shape("|u1", ("roster", "32"))]
+    signatures: Annotated[Bytes, Shape("|u1", ("roster", "64"))]
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Site: a reply's sums in fixed point, hidden by masks that cancel over the roster."""
+
+    words: Annotated[Words, Shape("<u8", ("values", "2"))]
 
 
 @dataclass(frozen=True)
@@ -157,6 +217,24 @@ class Sums:
     information: Annotated[Floats, Shape("<f8", ("fits", "inputs", "inputs"))]
     n_patients: PerFitCount
     n_events: PerFitCount
+
+
+@dataclass(frozen=True)
+class AskPrivateSteps:
+    """Coordinator: clipped, noisy gradients of these fits at these coefficients, for one step."""
+
+    run: str
+    round: int
+    step: int
+    fits: tuple[str, ...]
+    coefficients: PerFitInput
+
+
+@dataclass(frozen=True)
+class PrivateSteps:
+    """Site: summed per-patient gradients, each clipped, with Gaussian noise on the sum."""
+
+    gradient: PerFitInput
 
 
 @dataclass(frozen=True)
@@ -317,14 +395,16 @@ class Refused:
 
 
 Message = (
-    Describe | Description | AskMoments | DesignMoments | SetScaling | AskProducts | Products
+    Introduce | Introduced | Describe | Description | AskKey | Key | SetKeys | Masked
+    | AskPrivateSteps | PrivateSteps | AskMoments | DesignMoments | SetScaling | AskProducts | Products
     | SetComponents | AskSums | Sums | SetEncoders | AskUpdates | Updates | SetNetworks | AskEdges
     | Edges | SetGrid | AskIntervals | Intervals | AskEvaluation | Evaluation | Done | Refused
 )  # fmt: skip
 _TYPES: Final[dict[str, type]] = {kind.__name__: kind for kind in get_args(Message)}
 _HINTS: Final = {name: get_type_hints(kind, include_extras=True) for name, kind in _TYPES.items()}
 # Names come one per row of the arrays beside them, and before them in every message.
-_NAMED_DIM: Final = {"designs": "fits"}
+_NAMED_DIM: Final = {"designs": "fits", "settings": "sites"}
+_DIGESTS: Final = ("protocol", "code", "consortium", "settings", "cohort", "run")
 _CODES: Final = frozenset(get_args(Refusal))
 
 
@@ -430,7 +510,9 @@ def _check(kind: str, values: dict[str, Any]) -> None:
         else:
             _check_plain(where, values[name], hint)
             if isinstance(values[name], tuple):
-                sizes.setdefault(_NAMED_DIM.get(name, name), len(values[name]))
+                dim, size = _NAMED_DIM.get(name, name), len(values[name])
+                if sizes.setdefault(dim, size) != size:
+                    raise MessageError(f"{where}: found {size} {dim}, needed {sizes[dim]}")
 
 
 def _check_array(where: str, value: Any, shape: Shape, sizes: dict[str, int]) -> None:
@@ -439,8 +521,9 @@ def _check_array(where: str, value: Any, shape: Shape, sizes: dict[str, int]) ->
     if value.ndim != len(shape.dims):
         raise MessageError(f"{where}: found {value.ndim} dimensions, needed {len(shape.dims)}")
     for dim, size in zip(shape.dims, value.shape, strict=True):
-        if sizes.setdefault(dim, size) != size:
-            raise MessageError(f"{where}: found {size} {dim}, needed {sizes[dim]}")
+        needed = int(dim) if dim.isdigit() else sizes.setdefault(dim, size)
+        if size != needed:
+            raise MessageError(f"{where}: found {size} {dim}, needed {needed}")
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         raise MessageError(f"{where}: found a value that is not finite")
 
@@ -468,9 +551,9 @@ def _check_text(where: str, value: Any) -> None:
     field = where.partition(".")[2]
     if not isinstance(value, str):
         raise MessageError(f"{where}: needed text")
-    if field == "code":
+    if where == "Refused.code":
         allowed = value in _CODES
-    elif field in ("protocol", "cohort", "run"):
+    elif field in _DIGESTS:
         allowed = _DIGEST.fullmatch(value) is not None
     else:
         allowed = _NAME.fullmatch(value) is not None

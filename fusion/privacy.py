@@ -49,14 +49,34 @@ class MinimumCounts(BaseModel):
     cell: int = Field(default=10, ge=1, description="patients in any cell of a released table")
     test_events: int = Field(default=10, ge=1, description="test events behind any released metric")
     pooled_patients: int = Field(default=100, ge=1, description="training patients over all sites")
+    snapshot: int = Field(
+        default=10, ge=1, description="patients by which two cohorts that a site releases differ"
+    )
+    intervals: int = Field(default=5, ge=2, le=12, description="most intervals of the time grid")
 
     def lowered(self) -> tuple[str, ...]:
-        """Name each minimum that is below its default, with both numbers."""
+        """Name each limit that protects less than its default, with both numbers."""
         default = MinimumCounts()
         return tuple(
             f"{name} {value} (default {getattr(default, name)})"
             for name, value in self.model_dump().items()
-            if value < getattr(default, name)
+            if self._protection(name) < default._protection(name)
+        )
+
+    def _protection(self, name: str) -> int:
+        """Give a limit so that higher protects more."""
+        value: int = getattr(self, name)
+        return -value if name == "intervals" else value
+
+    def strictest(self, other: MinimumCounts) -> MinimumCounts:
+        """Of each limit the one that protects more: a site's own hold beside the protocol's."""
+        return MinimumCounts(
+            **{
+                name: getattr(
+                    self if self._protection(name) >= other._protection(name) else other, name
+                )
+                for name in MinimumCounts.model_fields
+            }
         )
 
     def refuses(self, *, n_patients: int, n_events: int, n_inputs: int) -> Refusal | None:

@@ -35,6 +35,11 @@ class SiteSettings(BaseSettings):
     secret: SecretStr = Field(
         min_length=32, description="key of the site's digests and of its train/test split"
     )
+    limits: dict[str, int] = Field(
+        default_factory=dict,
+        description="minimum counts of this site's own, as [privacy] of a study names them; they "
+        "hold where they protect more than the study's",
+    )
     batch_size: int = Field(default=64, ge=1, le=10_000, description="inputs per Prefect task")
 
     @field_validator("home", "manifest", "clinical")

@@ -22,6 +22,8 @@ from fusion.federation import (
     run_federation,
     without,
 )
+from fusion.federation.masking import SiteIdentity
+from fusion.keys import SigningKey
 from fusion.late import fusion_inputs, linear_inputs
 from fusion.privacy import MinimumCounts
 from fusion.survival import cox_sums, fit_cox, moments
@@ -126,8 +128,23 @@ def raise_(error: Exception) -> None:
     raise error
 
 
+def keys_of(rows: dict[str, SiteRows]) -> dict[str, SigningKey]:
+    """The same signing keys in every test."""
+    return {site: SigningKey(site.encode().ljust(32, b".")) for site in rows}
+
+
+def identities_of(rows: dict[str, SiteRows]) -> dict[str, SiteIdentity]:
+    keys = keys_of(rows)
+    trusted = {site: key.public for site, key in keys.items()}
+    return {site: SiteIdentity(site, key, trusted) for site, key in keys.items()}
+
+
 def studies_of(rows: dict[str, SiteRows], plan: FederationPlan) -> dict[str, SiteStudy]:
-    return {site: SiteStudy(plan, found, on_error=raise_) for site, found in rows.items()}
+    identities = identities_of(rows)
+    return {
+        site: SiteStudy(plan, found, identity=identities[site], on_error=raise_)
+        for site, found in rows.items()
+    }
 
 
 def run(rows: dict[str, SiteRows], plan: FederationPlan) -> Fitted:

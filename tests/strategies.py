@@ -52,16 +52,21 @@ def messages(draw: st.DrawFn, kind: type | None = None) -> m.Message:
     sizes: dict[str, int] = {}
 
     def size(dim: str) -> int:
+        if dim.isdigit():
+            return int(dim)
         return sizes.setdefault(dim, draw(st.integers(0, 3)))
 
     def value(name: str, hint: object) -> object:
         if get_origin(hint) is tuple:
-            dim = "fits" if name == "designs" else name
-            names = draw(st.lists(NAMES, min_size=1, max_size=4))
+            dim = m._NAMED_DIM.get(name, name)
+            least, most = (sizes[dim], sizes[dim]) if dim in sizes else (1, 4)
+            texts = DIGESTS if name in m._DIGESTS else NAMES
+            names = draw(st.lists(texts, min_size=least, max_size=most))
             sizes[dim] = len(names)
             return tuple(names)
         if hint is str:
-            return draw(st.sampled_from(sorted(m._CODES)) if name == "code" else DIGESTS)
+            is_code = chosen is m.Refused
+            return draw(st.sampled_from(sorted(m._CODES)) if is_code else DIGESTS)
         plain = {
             int: st.integers(0, 2**53 - 1),
             bool: st.booleans(),

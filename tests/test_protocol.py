@@ -163,7 +163,10 @@ def test_an_unknown_key_near_nothing_has_no_hint() -> None:
             {"encoder.blood.components": 1, "encoder.blood.sharing": "local"},
             "encoder.blood.components: found 1 with sharing local, needed sums",
         ),
-        ({"federation.sums": "secure_sum"}, "federation.sums: input should be 'plain', found"),
+        (
+            {"federation.sums": "homomorphic"},
+            "federation.sums: input should be 'plain' or 'secure_sum', found",
+        ),
         ({"privacy.cell": 0}, "privacy.cell: input should be greater than or equal to 1"),
         ({"modality": {}}, "modality: found none, needed at least one [modality.NAME] section"),
         ({"modality": "slides"}, "modality: found none, needed at least one [modality.NAME]"),

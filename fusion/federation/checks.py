@@ -12,6 +12,7 @@ import numpy as np
 
 from fusion import messages as m
 from fusion.federation.plan import PROTOCOL
+from fusion.federation.totals import is_added, n_added
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -134,7 +135,20 @@ def _evaluation(request: m.AskEvaluation, plan: FederationPlan) -> bool:
     )
 
 
+def _roster(request: m.AskKey | m.SetKeys, plan: FederationPlan) -> bool:
+    return plan.secure_sum and len(set(request.roster)) == len(request.roster)
+
+
+def _steps(request: m.AskPrivateSteps, plan: FederationPlan) -> bool:
+    return _one_of_each(request.fits, plan.private_fits) and request.coefficients.shape[1] == max(
+        plan.n_coefficients(fit) for fit in request.fits
+    )
+
+
 _REQUESTS: dict[type, Any] = {
+    m.AskKey: _roster,
+    m.SetKeys: _roster,
+    m.AskPrivateSteps: _steps,
     m.AskMoments: _moments,
     m.SetScaling: _scaling,
     m.AskProducts: _products,
@@ -208,7 +222,17 @@ def _evaluated(request: m.AskEvaluation, reply: m.Evaluation, plan: FederationPl
     return all(getattr(reply, name).shape == shape for name, shape in shapes.items())
 
 
+def _masked(request: m.Message, reply: m.Masked, plan: FederationPlan) -> bool:
+    return is_added(request) and len(reply.words) == n_added(request, plan)
+
+
+def _stepped(request: m.AskPrivateSteps, reply: m.PrivateSteps, plan: FederationPlan) -> bool:
+    return reply.gradient.shape == request.coefficients.shape
+
+
 _REPLIES: dict[type, Any] = {
+    m.Masked: _masked,
+    m.PrivateSteps: _stepped,
     m.Description: _described,
     m.DesignMoments: _design_moments,
     m.Products: _product_sums,

@@ -10,6 +10,9 @@ import numpy as np
 
 from fusion import messages as m
 from fusion.federation.checks import is_reply_to
+from fusion.federation.masking import MINIMUM_ROSTER
+from fusion.federation.totals import CONSORTIUM, unflatten
+from fusion.secure_sum import unmask
 from fusion.survival import Moments
 
 if TYPE_CHECKING:
@@ -27,6 +30,10 @@ Reply = TypeVar("Reply")
 
 class QuorumNotMet(RuntimeError):
     """Too few sites or patients to fit a consortium's model."""
+
+
+class BrokenTotal(RuntimeError):
+    """A secure sum that no honest sites can have; it does not say whose part is wrong."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,27 @@ class SiteOutcome:
     code: str = ""
 
 
+def introduce(
+    transport: Transport, introduction: m.Introduce
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Ask every site whether it takes part in a run that is about to begin.
+
+    Returns
+    -------
+    dict, dict
+        Digest of the cohort of each site that does, and of each other the code that says why not.
+    """
+    raw = transport.ask(m.encode(introduction), transport.sites)
+    replies = {site: _read(raw.get(site)) for site in transport.sites}
+    cohorts = {s: r.cohort for s, r in replies.items() if isinstance(r, m.Introduced)}
+    codes = {
+        s: r.code if isinstance(r, m.Refused) else "unexpected_reply"
+        for s, r in replies.items()
+        if s not in cohorts
+    }
+    return cohorts, codes
+
+
 @dataclass
 class Conversation:
     """Requests to sites and their replies, in rounds.
@@ -87,6 +115,9 @@ class Conversation:
     outcomes: dict[str, SiteOutcome] = field(default_factory=dict)
     cross_fits: dict[str, bool] = field(default_factory=dict)
     reduces: dict[str, bool] = field(default_factory=dict)
+    _silent: dict[str, m.Message] = field(default_factory=dict)
+    _keyed: tuple[str, ...] = ()
+    _attempt: int = 0
 
     @property
     def roster(self) -> tuple[str, ...]:
@@ -125,11 +156,15 @@ class Conversation:
         started = clock.perf_counter()
         raw = self.transport.ask(payload, sites)
         replies: dict[str, Reply] = {}
+        self._silent = {}
         for site in sites:
             reply = _read(raw.get(site))
             if isinstance(reply, expected) and is_reply_to(request, reply, self.plan):
                 replies[site] = reply
-            elif not forgiving:
+            else:
+                self._silent[site] = reply
+        if not forgiving:
+            for site, reply in self._silent.items():
                 self._drop(site, reply)
         self.rounds.append(
             RoundRecord(
@@ -144,6 +179,98 @@ class Conversation:
             )
         )
         return replies
+
+    def collect(
+        self, request: m.Message, expected: type[Reply], *, stage: str
+    ) -> dict[str, Reply]:
+        """Ask every training site for sums that are to be added up.
+
+        Returns
+        -------
+        dict
+            Per site its reply; where the plan wants secure sums, their total under the name of the
+            consortium, or nothing where sites have left and masks do not cancel.
+
+        Raises
+        ------
+        QuorumNotMet
+            If too few sites are left.
+        """
+        if not self.plan.secure_sum:
+            replies = self.ask(request, expected, self.roster, stage=stage)
+            self.require_quorum()
+            return replies
+        return self._total(request, expected, stage=stage)
+
+    def collect_all(
+        self, request: m.Message, expected: type[Reply], *, stage: str
+    ) -> dict[str, Reply]:
+        """Collect sums that hold whoever is left: where sites leave, ask the others again."""
+        while not (replies := self.collect(request, expected, stage=stage)):
+            request = replace(request, round=self.number)  # type: ignore[call-arg]
+        return replies
+
+    def _total(self, request: m.Message, expected: type[Reply], *, stage: str) -> dict[str, Reply]:
+        roster = self.roster
+        for _ in range(2):  # a reply that was lost is asked for once more, under new keys
+            if not self._agree_on_keys():
+                return {}
+            asked = replace(request, round=self.number)  # type: ignore[call-arg]
+            masked = self.ask(asked, m.Masked, roster, stage=stage, forgiving=True)
+            if set(masked) == set(roster):
+                return {CONSORTIUM: self._unmasked(asked, expected, masked)}
+            self.round_done()
+            self._keyed = ()  # masks of this attempt never cancel again
+            lost = all(reply == m.Refused("unreachable") for reply in self._silent.values())
+            if not lost:
+                break
+        for site, reply in self._silent.items():
+            self._drop(site, reply)
+        self.require_quorum()
+        return {}
+
+    def _unmasked(
+        self, request: m.Message, expected: type[Reply], masked: dict[str, m.Masked]
+    ) -> Reply:
+        try:
+            total = unmask({s: r.words for s, r in masked.items()}, roster=self._keyed)
+            found = unflatten(expected, request, self.plan, total)
+        except ValueError as error:
+            raise BrokenTotal(
+                f"secure sum: found a total that is no {expected.__name__}, needed replies of "
+                "every site to the same request; run the study again"
+            ) from error
+        if not isinstance(found, expected) or not is_reply_to(request, found, self.plan):
+            raise BrokenTotal(
+                f"secure sum: found a total that no {expected.__name__} can be: a site's sums "
+                "are wrong; its own log may say why"
+            )
+        return found
+
+    def _agree_on_keys(self) -> bool:
+        """Whether the sites that train share fresh masks, after whoever cannot has left."""
+        roster = self.roster
+        if self._keyed == roster:
+            return True
+        self._attempt += 1
+        ask = m.AskKey(self.plan.run, self._attempt, roster)
+        keys = self.ask(ask, m.Key, roster, stage="keys")
+        self.round_done()
+        self.require_quorum()
+        if self.roster != roster:
+            return False
+        told = m.SetKeys(
+            self.plan.run,
+            self._attempt,
+            roster,
+            np.array([keys[s].public for s in roster]),
+            np.array([keys[s].signature for s in roster]),
+        )
+        self.ask(told, m.Done, roster, stage="keys")
+        self.round_done()
+        self.require_quorum()
+        self._keyed = roster
+        return self.roster == roster
 
     def _drop(self, site: str, reply: object) -> None:
         code = reply.code if isinstance(reply, m.Refused) else "unexpected_reply"
@@ -214,6 +341,13 @@ class Conversation:
                 f"training sites: found none above the minimum of {minimum.patients} patients and "
                 f"{minimum.events} events after the split; add patients or sites"
             )
+        needed = max(self.plan.min_sites, MINIMUM_ROSTER if self.plan.secure_sum else 1)
+        if len(self.roster) < needed:
+            why = " for a secure sum" if needed == MINIMUM_ROSTER != self.plan.min_sites else ""
+            raise QuorumNotMet(
+                f"training sites: found {len(self.roster)} left, needed {needed}{why}; see why "
+                "the others left, or add sites"
+            )
         total = sum(self.outcomes[s].n_train for s in self.roster)
         if total < minimum.pooled_patients:
             raise QuorumNotMet(
@@ -230,9 +364,8 @@ class Conversation:
             Per design its (p,) mean and (p,) scale over the present training values of all sites.
         """
         ask = m.AskMoments(self.plan.run, self.number, tuple(designs))
-        replies = self.ask(ask, m.DesignMoments, self.roster, stage=stage)
+        replies = self.collect_all(ask, m.DesignMoments, stage=stage)
         self.round_done()
-        self.require_quorum()
         total = add([Moments(r.n, r.mean, r.m2) for r in replies.values()])
         scale = np.where(total.scale > 0, total.scale, 1.0)
         self.tell(

@@ -246,9 +246,8 @@ class Coordinator:
         }
         if allowed:
             ask = m.AskProducts(self.plan.run, self.talk.number, tuple(allowed))
-            replies = self.talk.ask(ask, m.Products, self.talk.roster, stage="components")
+            replies = self.talk.collect_all(ask, m.Products, stage="components")
             self.talk.round_done()
-            self.talk.require_quorum()
             products = add([r.products for r in replies.values()])
             for row, x in enumerate(allowed):
                 p = self.plan.n_inputs(x)
@@ -371,9 +370,8 @@ class Coordinator:
             tuple(coefficients),
             np.array(list(coefficients.values())),
         )
-        sums = self.talk.ask(ask, m.Intervals, self.talk.roster, stage="baseline")
+        sums = self.talk.collect_all(ask, m.Intervals, stage="baseline")
         self.talk.round_done()
-        self.talk.require_quorum()
         hazard = baseline_hazard(
             sum(r.events for r in sums.values()), sum(r.exposure for r in sums.values())
         )

@@ -43,14 +43,28 @@ class Fit:
         Sites whose sums are not added; they are held out of the fit.
     by_site
         Per site its sums at the accepted coefficients.
+    is_try
+        Whether it only helps to choose a penalty, as every fit that leaves sites out does.
     failed
-        Whether a fit that leaves sites out has no finite maximum; any other fit raises.
+        Whether such a fit has no finite maximum; any other raises.
     """
 
     newton: NewtonFit
     left_out: frozenset[str] = frozenset()
+    is_try: bool = False
     by_site: dict[str, LikelihoodSums] = field(default_factory=dict)
     failed: bool = False
+
+    @property
+    def informative(self) -> float:
+        r"""Log-likelihood less the effective number of coefficients; higher is better.
+
+        The latter is :math:`\mathrm{tr}\{H (H + n\lambda)^{-1}\}` over coefficients off the centre.
+        """
+        if self.failed or not self.newton.converged:
+            return -np.inf
+        sums = add(list(self.by_site.values()))
+        return sums.log_likelihood - float(np.trace(sums.information @ self.newton.covariance))
 
     @property
     def held_out(self) -> float:
@@ -69,13 +83,13 @@ class Fit:
         try:
             self.newton.advance(add(inside))
         except ConvergenceError:
-            if not self.left_out:
+            if not self.is_try:
                 raise
             self.failed = True
         if self.newton.accepted is asked:
             self.by_site = dict(parts)
         given_up = self.newton.rounds >= MAX_TRY_ROUNDS and not self.newton.converged
-        self.failed |= bool(self.left_out) and given_up
+        self.failed |= self.is_try and given_up
 
 
 def fit_from_sums(talk: Conversation, fits: Mapping[str, Fit], *, stage: str) -> None:
@@ -98,11 +112,12 @@ def fit_from_sums(talk: Conversation, fits: Mapping[str, Fit], *, stage: str) ->
         roster = talk.roster
         coefficients = stack([fit.newton.candidate for fit in active.values()])
         request = m.AskSums(talk.plan.run, talk.number, tuple(active), coefficients)
-        replies = talk.ask(request, m.Sums, roster, stage=stage)
-        talk.require_quorum()
+        replies = talk.collect(request, m.Sums, stage=stage)
         if talk.roster != roster:
             for fit in fits.values():
                 fit.newton.restart()
+                if talk.plan.secure_sum:
+                    fit.newton.candidate = elsewhere(fit.newton.candidate)
             talk.round_done()
             continue
         for row, fit in enumerate(active.values()):
@@ -110,6 +125,16 @@ def fit_from_sums(talk: Conversation, fits: Mapping[str, Fit], *, stage: str) ->
         reached = [fit.newton.objective for fit in fits.values() if not fit.failed]
         whole = bool(reached) and np.isfinite(reached).all()
         talk.round_done(float(np.mean(reached)) if whole else float("nan"))
+
+
+def elsewhere(coefficients: Floats) -> Floats:
+    """(p,) coefficients near these, at which no roster has given sums yet.
+
+    The totals of two rosters at the same coefficients differ by the sums of single sites.
+    """
+    if coefficients.any():
+        return np.asarray(coefficients * (1.0 - 2.0**-6))
+    return np.full(len(coefficients), 2.0**-10)
 
 
 def _goes_on(talk: Conversation, name: str, fit: Fit) -> bool:
@@ -156,6 +181,10 @@ def choose_ridges(
     of them than those that chose it: what is kept is the penalty of all patients together. With a
     single contributing site, or a single strength, the middle one is taken as it is.
 
+    Under a secure sum nobody is ever left out of a total. Strengths are then judged by the
+    log-likelihood of all patients less the effective number of coefficients, which the
+    cross-validated partial likelihood tends to.
+
     Parameters
     ----------
     new_fit
@@ -166,11 +195,13 @@ def choose_ridges(
     Verweij and van Houwelingen, Statistics in Medicine 12 (1993) 2305-2314.
     """
     plan = talk.plan
+    if plan.secure_sum:
+        return _ridges_by_information(talk, designs, new_fit, stage=stage)
     groups = {d: _groups(talk, d) for d in designs}
     chosen = {d: plan.ridges(d)[len(plan.ridges(d)) // 2] for d in groups}
     tried = {d: of for d, of in groups.items() if len(of) > 1 and len(plan.ridges(d)) > 1}
     fits = {
-        plan.try_fit(design, strength, group): Fit(new_fit(design, ridge), left_out)
+        plan.try_fit(design, strength, group): Fit(new_fit(design, ridge), left_out, is_try=True)
         for design, of in tried.items()
         for strength, ridge in enumerate(plan.ridges(design))
         for group, left_out in enumerate(of)
@@ -187,6 +218,35 @@ def choose_ridges(
                 [_share_left(fits[plan.try_fit(design, best, g)]) for g in range(len(of))]
             )
             chosen[design] = float(plan.ridges(design)[best] * share)
+    return chosen
+
+
+def _ridges_by_information(
+    talk: Conversation,
+    designs: Iterable[str],
+    new_fit: Callable[[str, float], NewtonFit],
+    *,
+    stage: str,
+) -> dict[str, float]:
+    plan = talk.plan
+    tried = {d: plan.ridges(d) for d in designs}
+    fits = {
+        (design, ridge): Fit(new_fit(design, ridge), is_try=True)
+        for design, strengths in tried.items()
+        for ridge in strengths
+        if len(strengths) > 1
+    }
+    names = {
+        plan.try_fit(design, tried[design].index(ridge), 0): fit
+        for (design, ridge), fit in fits.items()
+    }
+    fit_from_sums(talk, names, stage=stage)
+    chosen = {d: of[len(of) // 2] for d, of in tried.items()}
+    for design, strengths in tried.items():
+        of_design = [r for r in strengths if (design, r) in fits]
+        reached = [r for r in of_design if np.isfinite(fits[design, r].informative)]
+        if reached:
+            chosen[design] = max(reached, key=lambda r: (fits[design, r].informative, r))
     return chosen
 
 
@@ -246,11 +306,12 @@ def fit_by_averaging(
     while active := {name: fit for name, fit in fits.items() if _is_trained(talk, name, fit)}:
         weights, roster = stack([fit.candidate for fit in active.values()]), talk.roster
         request = m.AskUpdates(talk.plan.run, talk.number, tuple(active), weights, ridge)
-        replies = talk.ask(request, m.Updates, roster, stage=stage)
-        talk.require_quorum()
+        replies = talk.collect(request, m.Updates, stage=stage)
         if talk.roster != roster:  # the best loss so far is of other patients
             for fit in fits.values():
                 fit.restart()
+                if talk.plan.secure_sum:
+                    fit.candidate = elsewhere(fit.candidate)
             talk.round_done()
             continue
         for row, fit in enumerate(active.values()):

@@ -65,6 +65,8 @@ class FederationPlan:
 
     Attributes
     ----------
+    study
+        Name of the study.
     run
         64 hex digits that name this run.
     protocol
@@ -104,6 +106,11 @@ class FederationPlan:
         Risks by the horizon at which net benefit is computed, increasing.
     leave_one_site_out
         Whether the study is repeated without each training site, and evaluated there.
+    secure_sum
+        Whether the sums that models are fitted from leave a site behind masks only, so that the
+        coordinator sees their total.
+    min_sites
+        Training sites below which a run ends.
     brief
         Whether this is such a run: only sites left out are evaluated, and tell of no table, because
         tables of almost the same groups would tell of the few patients between them.
@@ -129,8 +136,11 @@ class FederationPlan:
     treatments: tuple[str, ...] = ()
     thresholds: tuple[float, ...] = ()
     leave_one_site_out: bool = False
+    secure_sum: bool = False
+    min_sites: int = 1
     brief: bool = False
     minimum: MinimumCounts = field(default_factory=MinimumCounts)
+    study: str = ""
 
     @property
     def left_out_runs(self) -> tuple[str, ...]:
@@ -226,6 +236,11 @@ class FederationPlan:
         tries = [fit for design in (*self.sums, PROTOCOL) for fit in self.try_fits(design)]
         slope = () if self.brief else (CALIBRATION_SLOPE,)
         return (*self.designs, *folds, *tries, *slope)
+
+    @property
+    def private_fits(self) -> tuple[str, ...]:
+        """Every fit that is made of noisy sums: encoders of all patients, and the protocol's arm."""
+        return (*self.sums, PROTOCOL)
 
     @property
     def network_fits(self) -> tuple[str, ...]:

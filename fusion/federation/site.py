@@ -13,6 +13,7 @@ from fusion.averaging import LocalSteps, local_update
 from fusion.discrete import hazard_sums, hazard_weights
 from fusion.federation.checks import is_within
 from fusion.federation.designs import NotReleased, SiteDesigns
+from fusion.federation.masking import SiteMasks
 from fusion.federation.plan import (
     CALIBRATION_SLOPE,
     LOCAL_ENCODERS,
@@ -22,6 +23,7 @@ from fusion.federation.plan import (
 )
 from fusion.federation.rows import Split
 from fusion.federation.site_evaluation import evaluate_site, personal_coefficients
+from fusion.federation.totals import is_added
 from fusion.late import fit_late_fusion
 from fusion.late.gated import gated_log_hazard, gated_loss_gradient
 from fusion.newton import MAX_ROUNDS, ConvergenceError, LikelihoodSums
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from fusion.federation.masking import SiteIdentity
     from fusion.federation.plan import AveragingPlan
     from fusion.federation.rows import SiteRows
     from fusion.late import FusionModel
@@ -44,7 +47,7 @@ if TYPE_CHECKING:
 # needs, and some for starting over when a site leaves.
 MAX_SUMS_PER_FIT: Final = MAX_ROUNDS + 10
 # Stands for sums that one patient outweighs: no step ends there, the coordinator halves it.
-_LOWEST: Final = -1e100
+_LOWEST: Final = -1e12
 # Far above any model's, far below where its exponential overflows.
 _HIGHEST_LOG_HAZARD: Final = 300.0
 _ONCE: Final = (
@@ -62,6 +65,8 @@ class SiteStudy:
         From the protocol that this site approved.
     rows
         The site's rows.
+    identity
+        The site's key and whom it believes, for secure sums.
     on_error
         Called with any unexpected exception, for the site's own log; only a code leaves.
 
@@ -76,9 +81,11 @@ class SiteStudy:
         plan: FederationPlan,
         rows: SiteRows,
         *,
+        identity: SiteIdentity | None = None,
         on_error: Callable[[Exception], None] | None = None,
     ) -> None:
         self.designs = SiteDesigns(plan, rows)
+        self._masks = SiteMasks(identity)
         self._on_error = on_error
         self._trains_here: bool | None = None
         self._approved = plan
@@ -92,6 +99,8 @@ class SiteStudy:
         self._left_out: dict[str, SiteStudy | None] = dict.fromkeys(plan.left_out_runs)
         self._answers: dict[type, Callable[[Any], m.Message]] = {
             m.Describe: self._describe,
+            m.AskKey: self._key,
+            m.SetKeys: self._set_keys,
             m.AskMoments: self._moments,
             m.SetScaling: self._set_scaling,
             m.AskProducts: self._products,
@@ -137,13 +146,29 @@ class SiteStudy:
             if not is_within(request, self.plan):
                 raise NotReleased("malformed_request")
             self._require_first(request)
-            return m.encode(handler(request))
+            return m.encode(self._reply(handler, request))
         except NotReleased as refusal:
             return m.encode(m.Refused(refusal.code))
         except (m.MessageError, KeyError, IndexError) as error:
             return self._failed(error, "malformed_request")
         except Exception as error:  # noqa: BLE001
             return self._failed(error, "site_error")
+
+    def _reply(self, handler: Callable[[Any], m.Message], request: Any) -> m.Message:
+        """Answer, behind masks where the plan wants them; test rows' sums are each site's own."""
+        fits = getattr(request, "fits", ())
+        if not (self.plan.secure_sum and is_added(request)) or fits == (CALIBRATION_SLOPE,):
+            return handler(request)
+        if CALIBRATION_SLOPE in fits:
+            raise NotReleased("malformed_request")
+        self._masks.require_fresh(request)
+        return self._masks.hide(request, handler(request))
+
+    def _key(self, request: m.AskKey) -> m.Key:
+        return self._masks.key(request, self.plan)
+
+    def _set_keys(self, request: m.SetKeys) -> m.Done:
+        return self._masks.agree(request)
 
     def _failed(self, error: Exception, code: Refusal) -> bytes:
         if self._on_error is not None:

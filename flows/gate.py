@@ -1,0 +1,158 @@
+"""A site's end of a federation between machines: from its own files to a function on bytes."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from flows.approvals import Statement, approvals_of, check_approvals, read_approvals
+from flows.identity import identity
+from flows.inputs import site_rows
+from flows.protocol import load_protocol
+from flows.sealed import log_to, note
+from flows.site import load_encoders, load_inputs
+from flows.snapshots import record_run, released
+from flows.versions import source_digest
+from fusion.audit import AuditLog
+from fusion.federation import SiteStudy
+from fusion.federation.answered import AnswerLedger
+from fusion.federation.envelope import SiteDesk
+from fusion.federation.gate import SiteGate
+from fusion.federation.masking import SiteIdentity
+from fusion.keys import canonical_json, digest
+from infra.settings import Workspace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from flows.protocol import StudyProtocol
+    from fusion import messages as m
+    from fusion.federation import SiteRows
+    from fusion.federation.consortium import Consortium
+    from fusion.privacy import MinimumCounts, Refusal
+    from infra.settings import SiteSettings
+
+AUDIT = "audit"
+APPROVALS = "approvals"
+ANSWERED = "answered.jsonl"
+CODE = ("fusion", "modalities", "flows")
+
+
+def own_limits(settings: SiteSettings, protocol: StudyProtocol) -> MinimumCounts:
+    """Limits that hold at a site: of the protocol's and its own, those that protect more.
+
+    Raises
+    ------
+    pydantic.ValidationError
+        If the site's own limits name one that there is not.
+    """
+    asked = protocol.privacy
+    own = type(asked).model_validate(asked.model_dump() | dict(settings.limits))
+    return asked.strictest(own)
+
+
+def statement_of(
+    settings: SiteSettings, protocol: StudyProtocol, consortium: Consortium
+) -> Statement:
+    """What a site approves when it approves a study."""
+    limits = own_limits(settings, protocol)
+    return Statement(
+        study=protocol.study.name,
+        protocol=protocol.fingerprint(),
+        code=source_digest(*CODE),
+        consortium=consortium.digest(),
+        settings=digest(canonical_json(limits.model_dump())),
+    )
+
+
+class SitePart:
+    """What one site brings to a run: its approval, its released cohort, its limits.
+
+    Parameters
+    ----------
+    settings, protocol, consortium
+        The site's own copies.
+    """
+
+    def __init__(
+        self, settings: SiteSettings, protocol: StudyProtocol, consortium: Consortium
+    ) -> None:
+        self._settings, self._protocol, self._consortium = settings, protocol, consortium
+        self._key = identity(settings.home)
+
+    @property
+    def roster(self) -> tuple[str, ...]:
+        """Names of the consortium's sites, for the lock on cohorts."""
+        return tuple(sorted(self._consortium.sites))
+
+    @cached_property
+    def rows(self) -> SiteRows:
+        """Rows of the released snapshot."""
+        inputs = load_inputs(self._settings, self._protocol, roster=self.roster)
+        local = load_encoders(self._settings, self._protocol, inputs)
+        return site_rows(inputs, local, self._protocol)
+
+    def permits(self, request: m.Introduce) -> Refusal | None:
+        """Why this run is turned away, or None: its own approval and the quorum's must stand."""
+        own = statement_of(self._settings, self._protocol, self._consortium)
+        if request.protocol != own.protocol:
+            return "wrong_protocol"
+        if (request.code, request.consortium) != (own.code, own.consortium):
+            return "not_approved"
+        kept = read_approvals(self._settings.path(APPROVALS))
+        return check_approvals(
+            own,
+            [*kept, *approvals_of(request)],
+            site=self._settings.name,
+            consortium=self._consortium,
+        )
+
+    def cohort(self) -> str:
+        """Digest, under the site's secret, of the cohort that takes part."""
+        return self.rows.cohort
+
+    def open_study(self, run: str) -> SiteStudy:
+        """Take part in the run of this name."""
+        settings, protocol = self._settings, self._protocol
+        snapshot = released(settings, protocol, roster=self.roster)
+        record_run(settings, snapshot.number, run)
+        ledger = AnswerLedger(settings.path(ANSWERED))
+        book = ledger.open(
+            digest(canonical_json([protocol.fingerprint(), self.rows.cohort, self.roster]))
+        )
+        return SiteStudy(
+            protocol.plan(run, minimum=own_limits(settings, protocol)),
+            self.rows,
+            identity=SiteIdentity(settings.name, self._key, self._consortium.sites),
+            book=book,
+            on_error=note,
+        )
+
+
+def open_site(root: Path, site: str, consortium: Consortium) -> Callable[[bytes], bytes]:
+    """Give the function that answers the coordinator's signed requests at a site.
+
+    Parameters
+    ----------
+    root
+        Folder with ``study.toml`` and the site.
+
+    Raises
+    ------
+    infra.settings.SettingsError, flows.protocol.ProtocolError
+        If either file cannot be read.
+    """
+    workspace = Workspace(root=root)
+    settings, protocol = workspace.site(site), load_protocol(workspace.study_file)
+    log_to(settings.home)
+    part = SitePart(settings, protocol, consortium)
+    gate = SiteGate(
+        permits=part.permits, cohort=part.cohort, open_study=part.open_study, on_error=note
+    )
+    key = identity(settings.home)
+    log = AuditLog(
+        settings.path(AUDIT, f"{protocol.study.name}.jsonl"), party=settings.name, key=key
+    )
+    desk = SiteDesk(gate.answer, site=settings.name, key=key, consortium=consortium, log=log)
+    return desk.handle

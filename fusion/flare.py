@@ -1,0 +1,557 @@
+"""Carries the federation's bytes over NVIDIA FLARE; the only file that imports it.
+
+The relay in the server's job and the executor at a site know nothing but bytes: what they mean is
+decided by the process that runs the study, and by each site's own party. No code travels with a
+job, nothing is pickled, and only fixed codes leave a site when it fails.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from importlib.metadata import entry_points
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Listener
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from nvflare.apis.controller_spec import Task
+from nvflare.apis.event_type import EventType
+from nvflare.apis.executor import Executor
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.impl.controller import Controller
+from nvflare.apis.shareable import Shareable, make_reply
+
+from fusion.messages import MAX_BYTES, Refused, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from multiprocessing.connection import Connection
+
+    from nvflare.apis.client import Client as FlareClient
+    from nvflare.apis.controller_spec import ClientTask
+    from nvflare.apis.fl_context import FLContext
+    from nvflare.apis.signal import Signal
+    from nvflare.fuel.flare_api.flare_api import Session
+
+    Party = Callable[[bytes], bytes]
+
+ASK: Final = "ask"
+ECHO: Final = "echo"
+LARGEST_PAYLOAD: Final = MAX_BYTES + 64 * 1024  # a message and its envelope
+JOB_NAME: Final = "consilium"
+_END: Final = "end"
+_PAYLOAD: Final = "payload"
+_RELAY_FILE: Final = "relay-{}.json"
+_LARGEST_HEADER: Final = 256 * 1024
+_POLL_S: Final = 0.02
+_GRACE_S: Final = 30.0
+_ENDED: Final = ("FINISHED", "FAILED")
+_FAULTS: Final = (OSError, EOFError, AuthenticationError, ValueError, KeyError, TypeError)
+
+
+class FederationLost(RuntimeError):
+    """The engine's job is gone, or could not begin; the run can go on with a new job."""
+
+
+def _send(end: Connection, header: Mapping[str, Any], *bodies: bytes) -> None:
+    end.send_bytes(json.dumps(header).encode())
+    for body in bodies:
+        end.send_bytes(body)
+
+
+def _receive(end: Connection) -> dict[str, Any]:
+    header = json.loads(end.recv_bytes(_LARGEST_HEADER))
+    if not isinstance(header, dict):
+        raise ValueError("relay: needed an object")
+    return header
+
+
+def _payload(shareable: Any) -> bytes | None:
+    """Bytes of a task or reply that is exactly as this file writes it, else None."""
+    if not isinstance(shareable, Shareable) or shareable.get_return_code() != ReturnCode.OK:
+        return None
+    payload = shareable.get(_PAYLOAD)
+    if not isinstance(payload, bytes) or len(payload) > LARGEST_PAYLOAD:
+        return None
+    return payload
+
+
+def _shareable(payload: bytes) -> Shareable:
+    found = Shareable()
+    found[_PAYLOAD] = payload
+    return found
+
+
+class CoordinatorRelay(Controller):  # type: ignore[misc]
+    """Server's side of a job: hands requests of the study's process to sites, and replies back.
+
+    It connects to the study's process at the address in a private file of the coordinator's kit,
+    and ends with it.
+
+    Parameters
+    ----------
+    relay
+        Which file, as hex digits.
+    """
+
+    def __init__(self, relay: str) -> None:
+        super().__init__(task_check_period=_POLL_S)
+        self._relay = f"{int(relay, 16):032x}"
+
+    def start_controller(self, fl_ctx: FLContext) -> None:
+        """Need nothing before the job."""
+
+    def stop_controller(self, fl_ctx: FLContext) -> None:
+        """Leave nothing behind."""
+
+    def process_result_of_unknown_task(
+        self, client: FlareClient, task_name: str, client_task_id: str, result: Shareable,
+        fl_ctx: FLContext,
+    ) -> None:  # fmt: skip
+        """Drop a reply that comes after its round."""
+
+    def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
+        """Serve the study's process until it ends the job, or is gone."""
+        # The communicator keeps 0.2 s of its own, whatever a controller asks for.
+        self.communicator._task_check_period = _POLL_S
+        try:
+            with self._connect(fl_ctx) as study:
+                _send(study, {"sites": self._connected()})
+                while not abort_signal.triggered:
+                    if study.poll(0.2) and not self._serve(study, abort_signal, fl_ctx):
+                        break
+        except _FAULTS as fault:
+            self.log_warning(fl_ctx, f"the study's process is gone: {type(fault).__name__}")
+
+    def _connect(self, fl_ctx: FLContext) -> Connection:
+        kit = Path(fl_ctx.get_engine().get_workspace().get_root_dir())
+        where = json.loads((kit / _RELAY_FILE.format(self._relay)).read_text())
+        return Client(where["address"], "AF_UNIX", authkey=bytes.fromhex(where["authkey"]))
+
+    def _connected(self) -> list[str]:
+        return [client.name for client in self._engine.get_clients()]
+
+    def _serve(self, study: Connection, abort_signal: Signal, fl_ctx: FLContext) -> bool:
+        request = _receive(study)
+        if request["kind"] == _END:
+            return False
+        payload = study.recv_bytes(LARGEST_PAYLOAD)
+        replies = self._round(request, payload, lambda: study.poll() or abort_signal.triggered)
+        if abort_signal.triggered:
+            return False
+        _send(study, {"id": request["id"], "sites": list(replies)}, *replies.values())
+        return True
+
+    def _round(
+        self, request: Mapping[str, Any], payload: bytes, stop: Callable[[], bool]
+    ) -> dict[str, bytes]:
+        """Let these sites answer; one that does not within the time is absent."""
+        targets = [name for name in self._connected() if name in request["sites"]]
+        waited, replies, arrived = set(targets), dict[str, bytes](), threading.Event()
+
+        def keep(client_task: ClientTask, fl_ctx: FLContext) -> None:
+            reply = _payload(client_task.result)
+            client_task.result = None
+            if reply is not None:
+                replies[client_task.client.name] = reply
+            waited.discard(client_task.client.name)
+            if not waited:
+                arrived.set()
+
+        task = Task(
+            name=ECHO if request["kind"] == ECHO else ASK,
+            data=_shareable(payload),
+            timeout=max(1, math.ceil(float(request["timeout_s"]))),
+            result_received_cb=keep,
+        )
+        if targets:
+            with self._engine.new_context() as fl_ctx:
+                self.broadcast(task, fl_ctx, targets=targets, min_responses=len(targets))
+                self._wait(task, waited, arrived, stop)
+                if waited:
+                    self.cancel_task(task, fl_ctx=fl_ctx)
+        return dict(replies)
+
+    def _wait(
+        self, task: Task, waited: set[str], arrived: threading.Event, stop: Callable[[], bool]
+    ) -> None:
+        while not arrived.wait(_POLL_S) and task.completion_status is None:
+            gone = [self.get_client_disconnect_time(name) for name in tuple(waited)]
+            if stop() or (gone and all(gone)):
+                return
+
+
+class SiteExecutor(Executor):  # type: ignore[misc]
+    """Site's side of a job: one process over all rounds, which asks the site's own party."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._party: Party | None = None
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Open the site's party when the job begins."""
+        if event_type == EventType.START_RUN:
+            try:
+                self._party = _open_party(
+                    Path(fl_ctx.get_engine().get_workspace().get_root_dir())
+                )
+            except Exception:  # noqa: BLE001  (text of an error must not leave the site)
+                self.log_exception(fl_ctx, "the site's party could not be opened")
+
+    def execute(
+        self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
+    ) -> Shareable:
+        """Answer one request; whatever goes wrong crosses as a fixed code."""
+        payload = _payload(shareable)
+        if payload is None:
+            return make_reply(ReturnCode.BAD_TASK_DATA)
+        if task_name == ECHO:
+            return _shareable(payload)
+        return _shareable(self._answer(payload, fl_ctx))
+
+    def _answer(self, payload: bytes, fl_ctx: FLContext) -> bytes:
+        try:
+            if self._party is None:
+                raise RuntimeError("the site's party is not open")
+            reply = self._party(payload)
+            if len(reply) > LARGEST_PAYLOAD:
+                raise ValueError("reply: found more bytes than may cross")
+        except Exception:  # noqa: BLE001  (text of an error must not leave the site)
+            self.log_exception(fl_ctx, "the site's party failed")
+            return encode(Refused("site_error"))
+        return reply
+
+
+def _open_party(kit: Path) -> Party:
+    """Give the function that answers at this site, from the installation's entry point."""
+    found = next(iter(entry_points(group="consilium.federation", name="site")))
+    party: Party = found.load()(kit)
+    return party
+
+
+class FlareTransport:
+    """A job of the engine as the study's process sees it: a transport of bytes.
+
+    Parameters
+    ----------
+    kit_admin, kit_coordinator
+        Start-up kits on this machine; the coordinator's is running.
+    sites
+        Sites to ask.
+    timeout_s
+        Longest wait for a site's answer.
+    start_timeout_s
+        Longest wait for the server, for all sites to be connected and for the job to begin.
+        Sites that are not there by then are left out.
+    """
+
+    def __init__(
+        self,
+        kit_admin: Path,
+        kit_coordinator: Path,
+        sites: Sequence[str],
+        timeout_s: float,
+        *,
+        start_timeout_s: float = 120.0,
+    ) -> None:
+        self._admin, self._kit = kit_admin.resolve(), kit_coordinator.resolve()
+        self._sites = tuple(sites)
+        self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
+        self._session: Session | None = None
+        self._relay: Connection | None = None
+        self._job: str | None = None
+        self._round = 0
+        self._lock = threading.Lock()
+        self._claim: Any = None
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites that can be asked."""
+        return self._sites
+
+    @property
+    def job(self) -> str | None:
+        """The engine's name of the job that runs."""
+        return self._job
+
+    def __enter__(self) -> Self:
+        self._claim_kit()
+        try:
+            self._begin()
+        except BaseException:
+            self._finish()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._finish()
+
+    def resubmit(self) -> None:
+        """End what is left of the job and begin a new one.
+
+        Raises
+        ------
+        FederationLost
+            If the engine cannot be reached, or the job does not begin.
+        """
+        self._end_job()
+        self._begin()
+
+    def ask(self, payload: bytes, sites: Sequence[str]) -> dict[str, bytes]:
+        """Send one request to these sites; one that does not answer in time is absent.
+
+        Raises
+        ------
+        FederationLost
+            If the job is gone.
+        ValueError
+            If the request is larger than may cross.
+        """
+        return self._exchange(ASK, payload, sites)
+
+    def echo(self, n_bytes: int, sites: Sequence[str]) -> float:
+        """Seconds of one round in which each site gives back so many bytes of ours, no data.
+
+        Raises
+        ------
+        FederationLost
+            If the job is gone, or a site gave back something else.
+        """
+        sent = secrets.token_bytes(n_bytes)
+        begun = time.perf_counter()
+        found = self._exchange(ECHO, sent, sites)
+        took = time.perf_counter() - begun
+        if any(found.get(site) != sent for site in sites):
+            raise FederationLost("federation: an echo did not come back from every site")
+        return took
+
+    def _exchange(self, kind: str, payload: bytes, sites: Sequence[str]) -> dict[str, bytes]:
+        if len(payload) > LARGEST_PAYLOAD:
+            raise ValueError(
+                f"request: found {len(payload)} bytes, needed at most {LARGEST_PAYLOAD}"
+            )
+        with self._lock:
+            relay = self._relay
+            if relay is None:
+                raise FederationLost("federation: no job is running; submit one")
+            try:
+                return self._ask_relay(relay, kind, payload, sites)
+            except _FAULTS:
+                self._hang_up()
+                raise FederationLost(
+                    "federation: the server's job process is gone; the run can be resumed with a "
+                    "new job"
+                ) from None
+
+    def _ask_relay(
+        self, relay: Connection, kind: str, payload: bytes, sites: Sequence[str]
+    ) -> dict[str, bytes]:
+        self._round += 1
+        _send(
+            relay,
+            {"id": self._round, "kind": kind, "sites": list(sites), "timeout_s": self._timeout_s},
+            payload,
+        )
+        if not relay.poll(self._timeout_s + _GRACE_S):
+            raise EOFError
+        header = _receive(relay)
+        if header["id"] != self._round or not set(header["sites"]) <= set(sites):
+            raise ValueError("relay: found an answer to another question")
+        return {site: relay.recv_bytes(LARGEST_PAYLOAD) for site in header["sites"]}
+
+    def _claim_kit(self) -> None:
+        claim = (self._kit / "study.lock").open("w")
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            claim.close()
+            raise FederationLost(
+                "federation: another study is running from the coordinator's kit; wait for its end"
+            ) from None
+        self._claim = claim
+
+    def _begin(self) -> None:
+        deadline = time.monotonic() + self._start_timeout_s
+        session = self._connected_session(deadline)
+        _abort_others(session)
+        present = _wait_for_sites(session, self._sites, deadline)
+        if not present:
+            raise FederationLost(
+                f"federation: found none of the sites connected within {self._start_timeout_s:g} "
+                "s; start them with `consilium federation start --kit KIT`"
+            )
+        name, folder = secrets.token_hex(16), Path(tempfile.mkdtemp(prefix="consilium-"))
+        where = self._kit / _RELAY_FILE.format(name)
+        try:
+            address, key = str(folder / "relay"), secrets.token_bytes(32)
+            with Listener(address, "AF_UNIX", authkey=key) as listener:
+                _write_private(where, {"address": address, "authkey": key.hex()})
+                _write_job(folder / "job", name, present)
+                self._job = session.submit_job(str(folder / "job"))
+                self._relay = self._accept(listener, session, deadline)
+        finally:
+            where.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _connected_session(self, deadline: float) -> Session:
+        while self._session is None:
+            try:
+                self._session = _open_session(self._admin)
+            except Exception as fault:
+                if time.monotonic() > deadline:
+                    raise FederationLost(
+                        "federation: found no server that answers; start it with `consilium "
+                        "federation start --kit COORDINATOR`"
+                    ) from fault
+                time.sleep(0.5)
+        return self._session
+
+    def _accept(self, listener: Listener, session: Session, deadline: float) -> Connection:
+        """Wait for the relay of the job, as long as the job may still begin."""
+        found: list[Connection] = []
+
+        def accept() -> None:
+            try:
+                found.append(listener.accept())
+            except (OSError, EOFError, AuthenticationError):
+                return
+
+        waiting = threading.Thread(target=accept, daemon=True)
+        waiting.start()
+        while waiting.is_alive() and time.monotonic() < deadline and self._job_may_run(session):
+            waiting.join(1.0)
+        if not found or not found[0].poll(max(0.0, deadline - time.monotonic())):
+            raise FederationLost(
+                "federation: the job did not begin; see the log of the coordinator's kit"
+            )
+        _receive(found[0])
+        return found[0]
+
+    def _job_may_run(self, session: Session) -> bool:
+        try:
+            return not str(session.get_job_status(self._job)).startswith(_ENDED)
+        except Exception:  # noqa: BLE001  (a status that cannot be had says nothing yet)
+            return True
+
+    def _hang_up(self) -> None:
+        if self._relay is not None:
+            self._relay.close()
+            self._relay = None
+
+    def _end_job(self) -> None:
+        if self._relay is not None:
+            try:
+                _send(self._relay, {"kind": _END})
+                self._relay.poll(_GRACE_S)
+            except OSError:
+                pass
+            self._hang_up()
+        if self._session is not None and self._job is not None:
+            try:
+                _abort_others(self._session)
+            except Exception:  # noqa: BLE001  (a server that is gone runs no job)
+                self._close_session()
+        self._job = None
+
+    def _close_session(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            try:
+                session.close()
+            except Exception:  # noqa: BLE001  (closed either way)
+                return
+
+    def _finish(self) -> None:
+        self._end_job()
+        self._close_session()
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
+
+
+def _open_session(kit: Path) -> Session:
+    from nvflare.fuel.flare_api.flare_api import new_secure_session
+
+    admin = json.loads((kit / "startup" / "fed_admin.json").read_text())["admin"]
+    return new_secure_session(admin["username"], str(kit), timeout=5.0, auto_login_max_tries=1)
+
+
+def _wait_for_sites(session: Session, sites: Sequence[str], deadline: float) -> list[str]:
+    """Names of those connected, as soon as all are or when the time is over."""
+    while True:
+        connected = {client.name for client in session.get_connected_client_list()}
+        present = [site for site in sites if site in connected]
+        if len(present) == len(sites) or time.monotonic() > deadline:
+            return present
+        time.sleep(0.3)
+
+
+def _abort_others(session: Session) -> None:
+    """Abort jobs that have not ended, and wait until they have."""
+    deadline = time.monotonic() + _GRACE_S
+    aborted: set[str] = set()
+    while time.monotonic() < deadline:
+        open_jobs = [
+            job["job_id"]
+            for job in session.list_jobs()
+            if not str(job.get("status")).startswith(_ENDED)
+        ]
+        if not open_jobs:
+            return
+        for job in set(open_jobs) - aborted:
+            session.abort_job(job)
+            aborted.add(job)
+        time.sleep(0.3)
+
+
+def _write_private(path: Path, value: Mapping[str, Any]) -> None:
+    path.touch(mode=0o600)
+    path.write_text(json.dumps(value))
+
+
+def _write_job(folder: Path, relay: str, sites: Sequence[str]) -> None:
+    """Write a job that names our two classes and carries nothing else."""
+    server = {
+        "format_version": 2,
+        "server": {"task_request_interval": _POLL_S},
+        "workflows": [
+            {
+                "id": "relay",
+                "path": f"{CoordinatorRelay.__module__}.{CoordinatorRelay.__name__}",
+                "args": {"relay": relay},
+            }
+        ],
+        "components": [],
+        "task_data_filters": [],
+        "task_result_filters": [],
+    }
+    client = {
+        "format_version": 2,
+        "executors": [
+            {
+                "tasks": [ASK, ECHO],
+                "executor": {"path": f"{SiteExecutor.__module__}.{SiteExecutor.__name__}"},
+            }
+        ],
+        "components": [],
+        "task_data_filters": [],
+        "task_result_filters": [],
+    }
+    meta = {
+        "name": JOB_NAME,
+        "resource_spec": {},
+        "min_clients": 1,
+        "deploy_map": {"app": ["server", *sites]},
+    }
+    config = folder / "app" / "config"
+    config.mkdir(parents=True)
+    (config / "config_fed_server.json").write_text(json.dumps(server))
+    (config / "config_fed_client.json").write_text(json.dumps(client))
+    (folder / "meta.json").write_text(json.dumps(meta))
