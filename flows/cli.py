@@ -8,6 +8,7 @@ import re
 import secrets
 import sys
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,11 +40,27 @@ _OUT = Console()
 _ERR = Console(stderr=True)
 _SIGINT_STATUS = 130
 
+
+class Federations(StrEnum):
+    """How a run reaches its sites."""
+
+    memory = "memory"
+    flare = "flare"
+
+
 Root = Annotated[Path, typer.Option("--root", help="Folder with study.toml and the site or sites.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the simulation.")]
 Sites = Annotated[str, typer.Option(help="Patients per site, as 160,110,90,40.")]
 Site = Annotated[str | None, typer.Argument(help="Site; may be left out if there is one.")]
+Engine = Annotated[
+    Federations,
+    typer.Option(
+        "--federation",
+        help="memory: all sites in this process; flare: each party a process of its own, over "
+        "the network.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 
 
@@ -80,11 +97,17 @@ def _sentence(error: Exception) -> str | None:
     """Give what a user should read of an expected error; None for a defect of ours."""
     if isinstance(error, UsageError | SettingsError):
         return str(error)
+    from flows.federated import FederationRefused
+    from flows.parties import PartyFailed
     from flows.protocol import ProtocolError
     from flows.sealed import SiteError
     from flows.services import ServiceError
-    from fusion.federation import QuorumNotMet
+    from fusion.audit import AuditError
+    from fusion.federation import FederationLost, QuorumNotMet
+    from fusion.federation.conversation import BrokenTotal
+    from fusion.keys import KeyFault
     from fusion.newton import ConvergenceError
+    from infra.provision import ProvisionError
     from modalities.cohort import DataError
     from modalities.pathology import MissingWeights, UnknownEncoder
 
@@ -92,7 +115,8 @@ def _sentence(error: Exception) -> str | None:
         return _sentence(error.cause) or f"{error}; see the local log, logs/consilium.log"
     known = (
         ProtocolError, ServiceError, QuorumNotMet, ConvergenceError, DataError, MissingWeights,
-        UnknownEncoder,
+        UnknownEncoder, FederationRefused, FederationLost, PartyFailed, ProvisionError, AuditError,
+        BrokenTotal, KeyFault,
     )  # fmt: skip
     if isinstance(error, known):
         return str(error)
@@ -124,10 +148,13 @@ def demo(
     seeds: Annotated[
         int, typer.Option(min=1, help="Repeat over this many seeds; tables only.")
     ] = 1,
+    federation: Engine = Federations.memory,
     as_json: Json = False,
 ) -> None:
     """Simulate a consortium from raw files, and run the whole study on it."""
     sizes = _sizes(sites)
+    if seeds > 1 and federation is not Federations.memory:
+        raise UsageError("--seeds: found it with --federation, needed one of them")
     if seeds > 1 and not tables_only:
         raise UsageError("--seeds: found it without --tables-only, needed both")
     if seeds > 1:
@@ -141,7 +168,9 @@ def demo(
     with _serving(root, as_json=as_json) as run, _as_usage_error():
         from flows.demo import run_demo
 
-        summary = run_demo(root, sizes, run, seed=seed, tables_only=tables_only)
+        summary = run_demo(
+            root, sizes, run, seed=seed, tables_only=tables_only, federation=federation.value
+        )
     _print_study(summary, as_json=as_json)
 
 
@@ -257,12 +286,22 @@ def study_check(
 
 
 @study_app.command("run")
-def study_run(root: Root = Path(), as_json: Json = False) -> None:
+def study_run(
+    root: Root = Path(), federation: Engine = Federations.memory, as_json: Json = False
+) -> None:
     """Prepare and train every site below a folder, then fit, evaluate and register the model.
 
-    All sites run in this process: for simulated and public data, and for trying out.
+    All sites run in this process: for simulated and public data, and for trying out. Over flare,
+    sites are prepared where they are; the folder is the coordinator's, with its kits.
     """
     workspace, _ = _workspace(root)
+    if federation is Federations.flare:
+        with _serving(workspace.root, as_json=as_json) as run:
+            from flows.demo import run_from_kits
+
+            summary = run_from_kits(workspace.root, run)
+        _print_study(summary, as_json=as_json)
+        return
     names = workspace.site_names()
     if len(names) < 2:
         raise UsageError(

@@ -7,23 +7,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from flows.approvals import introduction_fields, read_approvals
-from flows.gate import APPROVALS, AUDIT, CODE
+from flows.approvals import FOLDER as APPROVALS
+from flows.approvals import approval_fields, read_approvals
+from flows.gate import AUDIT
 from flows.identity import identity
-from flows.versions import source_digest
+from flows.versions import CODE, source_digest
 from fusion import messages as m
 from fusion.audit import AuditLog
-from fusion.federation.consortium import COORDINATOR, CONSORTIUM_FILE, read_consortium
+from fusion.federation.consortium import CONSORTIUM_FILE, COORDINATOR, read_consortium
 from fusion.federation.conversation import introduce
 from fusion.federation.envelope import SignedTransport
 from modalities.files import fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from flows.protocol import StudyProtocol
     from fusion.federation.consortium import Consortium
-    from fusion.federation.transport import Transport
     from fusion.flare import FlareTransport
     from infra.settings import Workspace
 
@@ -43,8 +43,6 @@ class Federation:
     ----------
     codes
         Per site that does not take part, why not.
-    engine_round_s
-        Seconds of one round of the engine alone, median of several.
     """
 
     protocol: StudyProtocol
@@ -53,7 +51,6 @@ class Federation:
     log: AuditLog
     home: Path
     codes: dict[str, str] = field(default_factory=dict)
-    engine_round_s: float = float("nan")
 
     def __post_init__(self) -> None:
         self._signed = self._sign()
@@ -82,11 +79,14 @@ class Federation:
         """
         approvals = read_approvals(self.home / APPROVALS)
         protocol, code = self.protocol.fingerprint(), source_digest(*CODE)
+        if not approvals:
+            raise FederationRefused(
+                f"{COORDINATOR}/{APPROVALS}: found none, needed the file that each site's "
+                "`consilium site approve` wrote"
+            )
+        sites, settings, signatures = approval_fields(approvals)
         introduction = m.Introduce(
-            protocol=protocol,
-            code=code,
-            consortium=self.consortium.digest(),
-            **introduction_fields(approvals),
+            protocol, code, self.consortium.digest(), sites, settings, signatures
         )
         cohorts, self.codes = introduce(self, introduction)
         if len(cohorts) < 2:
@@ -95,17 +95,16 @@ class Federation:
                 f"sites: found {len(cohorts)} that take part, needed at least 2 ({why}); see the "
                 "logs of the sites"
             )
-        return fingerprint([protocol, cohorts, source_digest("fusion", "modalities", "flows")])
+        return fingerprint([protocol, cohorts, code])
 
     def again(self) -> None:
         """Begin a new job after the last one was lost."""
         self.engine.resubmit()
         self._signed = self._sign()
 
-    def time_engine(self, n_bytes: int) -> None:
-        """Time rounds of the engine alone, with as many bytes both ways and nothing else to do."""
-        found = [self.engine.echo(n_bytes, self.sites) for _ in range(_ECHOES)]
-        self.engine_round_s = statistics.median(found)
+    def time_engine(self, n_bytes: int) -> float:
+        """Median seconds of rounds of the engine alone, with as many bytes both ways."""
+        return statistics.median(self.engine.echo(n_bytes, self.sites) for _ in range(_ECHOES))
 
 
 @contextmanager

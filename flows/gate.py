@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from flows.approvals import Statement, approvals_of, check_approvals, read_approvals
+from flows.approvals import FOLDER as APPROVALS
+from flows.approvals import approve_study, permit, read_approvals, statement_of
 from flows.identity import identity
 from flows.inputs import site_rows
 from flows.protocol import load_protocol
 from flows.sealed import log_to, note
 from flows.site import load_encoders, load_inputs
 from flows.snapshots import record_run, released
-from flows.versions import source_digest
 from fusion.audit import AuditLog
 from fusion.federation import SiteStudy
 from fusion.federation.answered import AnswerLedger
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from flows.approvals import Approval
     from flows.protocol import StudyProtocol
     from fusion import messages as m
     from fusion.federation import SiteRows
@@ -34,9 +35,7 @@ if TYPE_CHECKING:
     from infra.settings import SiteSettings
 
 AUDIT = "audit"
-APPROVALS = "approvals"
 ANSWERED = "answered.jsonl"
-CODE = ("fusion", "modalities", "flows")
 
 
 def own_limits(settings: SiteSettings, protocol: StudyProtocol) -> MinimumCounts:
@@ -52,17 +51,31 @@ def own_limits(settings: SiteSettings, protocol: StudyProtocol) -> MinimumCounts
     return asked.strictest(own)
 
 
-def statement_of(
-    settings: SiteSettings, protocol: StudyProtocol, consortium: Consortium
-) -> Statement:
-    """What a site approves when it approves a study."""
-    limits = own_limits(settings, protocol)
-    return Statement(
-        study=protocol.study.name,
-        protocol=protocol.fingerprint(),
-        code=source_digest(*CODE),
-        consortium=consortium.digest(),
-        settings=digest(canonical_json(limits.model_dump())),
+def settings_digest(limits: MinimumCounts) -> str:
+    """Digest of the limits that hold at a site: what it approves beside the protocol."""
+    return digest(canonical_json(limits.model_dump()))
+
+
+def approve_at(
+    root: Path, site: str, consortium: Consortium, *, say: Callable[[str], None]
+) -> Approval:
+    """Approve the study of a folder in the name of a site, after saying what is approved.
+
+    Raises
+    ------
+    infra.settings.SettingsError, flows.protocol.ProtocolError, ValueError
+        If a file cannot be read, or the consortium does not list this site with its key.
+    """
+    workspace = Workspace(root=root)
+    settings, protocol = workspace.site(site), load_protocol(workspace.study_file)
+    return approve_study(
+        root,
+        settings.home,
+        site=site,
+        key=identity(settings.home),
+        consortium=consortium,
+        settings=settings_digest(own_limits(settings, protocol)),
+        say=say,
     )
 
 
@@ -95,15 +108,13 @@ class SitePart:
 
     def permits(self, request: m.Introduce) -> Refusal | None:
         """Why this run is turned away, or None: its own approval and the quorum's must stand."""
-        own = statement_of(self._settings, self._protocol, self._consortium)
-        if request.protocol != own.protocol:
-            return "wrong_protocol"
-        if (request.code, request.consortium) != (own.code, own.consortium):
-            return "not_approved"
-        kept = read_approvals(self._settings.path(APPROVALS))
-        return check_approvals(
-            own,
-            [*kept, *approvals_of(request)],
+        limits = own_limits(self._settings, self._protocol)
+        return permit(
+            request,
+            statement=statement_of(
+                self._protocol, self._consortium, settings=settings_digest(limits)
+            ),
+            approvals=read_approvals(self._settings.path(APPROVALS)),
             site=self._settings.name,
             consortium=self._consortium,
         )

@@ -7,49 +7,45 @@ import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prefect import flow, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.figures import figures
-from flows.inputs import keyed_digest, site_rows
+from flows.links import LOSSES, Link, linked
 from flows.patients import patient_table, write_patient_table
 from flows.progress import RoundProgress
 from flows.protocol import load_protocol
 from flows.records import StudyRecord
-from flows.reference import Consortium, compare
+from flows.reference import compare
 from flows.registry import Registered, find_version, track_study
 from flows.report_files import REPORT, write_report
 from flows.reports import ResultsTable, results_table, to_markdown
-from flows.sealed import log_to, may_pass, note, sealed
-from flows.site import COHORT, load_encoders, load_inputs
+from flows.sealed import SiteError, log_to, may_pass, note, sealed
 from flows.summary import Stopwatch, summarise_record
-from flows.versions import git_commit, source_digest
+from flows.versions import git_commit
 from fusion.federation import (
     PROTOCOL,
     Coordinator,
-    InProcess,
-    SiteStudy,
+    FederationLost,
     leave_one_site_out,
     summarise,
 )
 from infra.settings import Workspace
-from modalities.cohort import read_cohort_digest
-from modalities.files import fingerprint, replacing
+from modalities.files import replacing
 from modalities.synthetic import read_truth
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from matplotlib.figure import Figure
 
-    from flows.inputs import LocalEncoder, SiteInputs
     from flows.protocol import StudyProtocol
     from flows.records import Reference
-    from fusion.federation import Encoders, FederationPlan, Fitted, FusionFit
+    from flows.reference import Consortium
+    from fusion.federation import Encoders, FederationPlan, Fitted, FusionFit, Transport
 
 
 @dataclass(frozen=True)
@@ -69,41 +65,6 @@ class StudyOutcome:
     summary: dict[str, Any]
     table: ResultsTable
     reused: bool
-
-
-def run_key(workspace: Workspace, protocol: StudyProtocol, sites: tuple[str, ...]) -> str:
-    """Name a run by protocol, cohorts and code: 64 hex digits, equal for an unchanged rerun.
-
-    Raises
-    ------
-    modalities.cohort.DataError
-        If a site has no cohort.
-    """
-    cohorts = {}
-    for site in sites:
-        settings = workspace.site(site)
-        digest = read_cohort_digest(settings.path(COHORT))
-        cohorts[site] = keyed_digest(settings.key, digest)
-    return fingerprint(
-        [protocol.fingerprint(), cohorts, source_digest("fusion", "modalities", "flows")]
-    )
-
-
-@task(name="load-sites", cache_policy=NO_CACHE, persist_result=False)
-@sealed
-def load_sites(protocol: StudyProtocol, sites: tuple[str, ...], plan: FederationPlan) -> Consortium:
-    """Bring up every site's part in the run, each from its own files."""
-    inputs: dict[str, SiteInputs] = {}
-    local: dict[str, Mapping[str, LocalEncoder]] = {}
-    studies: dict[str, SiteStudy] = {}
-    workspace = Workspace()
-    for site in sites:
-        settings = workspace.site(site)
-        inputs[site] = load_inputs(settings, protocol)
-        local[site] = load_encoders(settings, protocol, inputs[site])
-        rows = site_rows(inputs[site], local[site], protocol)
-        studies[site] = SiteStudy(plan, rows, on_error=note)
-    return Consortium(protocol, inputs, studies, local)
 
 
 @task(name="describe-sites", cache_policy=NO_CACHE, persist_result=False)
@@ -139,10 +100,10 @@ def evaluate_models(coordinator: Coordinator, encoders: Encoders, fusion: Fusion
 @task(name="leave-sites-out", cache_policy=NO_CACHE, persist_result=False)
 @sealed
 def leave_sites_out(
-    plan: FederationPlan, studies: Mapping[str, SiteStudy], fitted: Fitted
+    plan: FederationPlan, transport: Transport, fitted: Fitted
 ) -> dict[tuple[str, ...], Fitted | str]:
     """Repeat the study without each training site, and evaluate it there."""
-    return leave_one_site_out(plan, InProcess(studies), fitted.sites)
+    return leave_one_site_out(plan, transport, fitted.sites)
 
 
 @task(name="write-patients", cache_policy=NO_CACHE, persist_result=False)
@@ -189,7 +150,9 @@ def report_study(record: StudyRecord, folder: Path) -> Path:
 
 @flow(name="run-study", flow_run_name="study-{study}", persist_result=False, log_prints=False)
 @sealed
-def run_study(study: str, sites: list[str]) -> StudyOutcome:
+def run_study(
+    study: str, sites: list[str], federation: Literal["memory", "flare"] = "memory"
+) -> StudyOutcome:
     """Fit, evaluate and register one study over sites whose cohorts are prepared and trained.
 
     Parameters
@@ -197,31 +160,38 @@ def run_study(study: str, sites: list[str]) -> StudyOutcome:
     study
         Name of the study in the workspace's ``study.toml``.
     sites
-        Opaque names of the sites that take part.
+        Opaque names of the sites that take part; those of the consortium's kits over ``flare``.
+    federation
+        Whether all sites are in this process, or reached over the federation engine.
     """
     workspace = Workspace()
     log_to(workspace.root)
     protocol = load_protocol(workspace.study_file)
-    key = run_key(workspace, protocol, tuple(sites))
-    folder = workspace.root / "runs" / key[:12]
-    earlier = _finished(workspace, protocol, key, folder)
-    if earlier is not None:
-        return earlier
     watch = Stopwatch()
-    plan = protocol.plan(key)
-    with watch.stage("load"):
-        consortium = load_sites(protocol, tuple(sites), plan)
-    with watch.stage("federation"), RoundProgress(study) as progress:
-        fitted = _federate(plan, consortium, progress, folder)
-    left_out = None
-    if plan.leave_one_site_out:
-        with watch.stage("leave-one-site-out"):
-            left_out = leave_sites_out(plan, consortium.studies, fitted)
-    write_patients(consortium, fitted, workspace, key)
+    with linked(federation, workspace, protocol, tuple(sites)) as link:
+        with watch.stage("introduce"):
+            key = link.run_key()
+        folder = workspace.root / "runs" / key[:12]
+        earlier = _finished(workspace, protocol, key, folder)
+        if earlier is not None:
+            return earlier
+        plan = protocol.plan(key)
+        with watch.stage("load"):
+            open_link(link, plan)
+        with watch.stage("federation"), RoundProgress(study) as progress:
+            fitted = _federate(plan, link, progress, folder)
+        left_out = None
+        if plan.leave_one_site_out:
+            with watch.stage("leave-one-site-out"):
+                left_out = leave_sites_out(plan, link, fitted)
+        engine_round_s = link.time_engine(fitted)
+    consortium = link.consortium()
     reference = None
-    if protocol.study.data != "patients":
-        with watch.stage("reference"):
-            reference = compare_with_truth(consortium, fitted, workspace.root)
+    if consortium is not None:
+        write_patients(consortium, fitted, workspace, key)
+        if protocol.study.data != "patients":
+            with watch.stage("reference"):
+                reference = compare_with_truth(consortium, fitted, workspace.root)
     record = StudyRecord(
         run=key,
         protocol=protocol,
@@ -235,10 +205,10 @@ def run_study(study: str, sites: list[str]) -> StudyOutcome:
         report = report_study(record, folder)
     with watch.stage("registry"):
         registered = register_model(record, workspace, report)
-    n_patients = sum(len(x.time) for x in consortium.inputs.values())
     outcome = StudyOutcome(
-        summary=summarise_record(record, registered, workspace, n_patients=n_patients)
-        | {"wall_s": watch.wall_s},
+        summary=summarise_record(record, registered, workspace)
+        | engine_round_s
+        | {"federation": federation, "wall_s": watch.wall_s},
         table=results_table(record),
         reused=False,
     )
@@ -247,12 +217,33 @@ def run_study(study: str, sites: list[str]) -> StudyOutcome:
     return outcome
 
 
-def _federate(
-    plan: FederationPlan, consortium: Consortium, progress: RoundProgress, folder: Path
-) -> Fitted:
+@task(name="load-sites", cache_policy=NO_CACHE, persist_result=False)
+@sealed
+def open_link(link: Link, plan: FederationPlan) -> None:
+    """Bring up every site's part in the run, where the sites are in this process."""
+    link.open(plan)
+
+
+def _federate(plan: FederationPlan, link: Link, progress: RoundProgress, folder: Path) -> Fitted:
+    """Go through all stages; where the engine's job is lost, begin again in a new one.
+
+    The sites answer the same requests alike, so that the same model comes out.
+    """
+    for left in reversed(range(LOSSES + 1)):
+        try:
+            return _stages(plan, link, progress, folder)
+        except SiteError as error:
+            if not left or not isinstance(error.cause, FederationLost):
+                raise
+            note(error.cause)
+        link.again(plan.run)
+    raise AssertionError("unreachable")
+
+
+def _stages(plan: FederationPlan, link: Link, progress: RoundProgress, folder: Path) -> Fitted:
     coordinator = Coordinator(
         plan,
-        InProcess(consortium.studies),
+        link,
         on_round=progress.advance,
         checkpoint=RoundFiles(folder / "rounds"),
     )

@@ -49,7 +49,7 @@ class Run:
 
 
 def summarise_record(
-    record: StudyRecord, registered: Registered, workspace: Workspace, *, n_patients: int
+    record: StudyRecord, registered: Registered, workspace: Workspace
 ) -> dict[str, Any]:
     """Give the figures of a run as plain values for JSON."""
     fitted, reference = record.fitted, record.reference
@@ -58,11 +58,13 @@ def summarise_record(
         "run": record.run,
         "n_sites": len(fitted.sites),
         "n_training_sites": sum(s.trains for s in fitted.sites),
-        "n_patients": n_patients,
+        "n_patients": sum(s.n_train + s.n_test for s in fitted.sites),
         "n_train": fitted.n_patients,
         "rounds": max(fitted.fit_rounds.values()),
         "rounds_per_fit": fitted.fit_rounds,
         "messages": len(fitted.rounds),
+        "round_s": [r.seconds for r in fitted.rounds],
+        "sums": record.protocol.federation.sums,
         "model_name": registered.model_name,
         "model_version": registered.version,
         "tracking_uri": workspace.mlflow_uri,

@@ -15,7 +15,9 @@ import shutil
 import tempfile
 import threading
 import time
+from contextlib import redirect_stdout
 from importlib.metadata import entry_points
+from io import StringIO
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
@@ -28,8 +30,6 @@ from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable, make_reply
 
-from fusion.messages import MAX_BYTES, Refused, encode
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from multiprocessing.connection import Connection
@@ -40,11 +40,15 @@ if TYPE_CHECKING:
     from nvflare.apis.signal import Signal
     from nvflare.fuel.flare_api.flare_api import Session
 
+    from fusion.federation.transport import FederationLost
+
     Party = Callable[[bytes], bytes]
 
 ASK: Final = "ask"
 ECHO: Final = "echo"
-LARGEST_PAYLOAD: Final = MAX_BYTES + 64 * 1024  # a message and its envelope
+# A message of 64 MiB and its envelope. Written out, because to import fusion.messages takes most of
+# a second that the server's job has better use for.
+LARGEST_PAYLOAD: Final = 64 * 1024 * 1024 + 64 * 1024
 JOB_NAME: Final = "consilium"
 _END: Final = "end"
 _PAYLOAD: Final = "payload"
@@ -52,12 +56,15 @@ _RELAY_FILE: Final = "relay-{}.json"
 _LARGEST_HEADER: Final = 256 * 1024
 _POLL_S: Final = 0.02
 _GRACE_S: Final = 30.0
+_END_S: Final = 5.0
 _ENDED: Final = ("FINISHED", "FAILED")
 _FAULTS: Final = (OSError, EOFError, AuthenticationError, ValueError, KeyError, TypeError)
 
 
-class FederationLost(RuntimeError):
-    """The engine's job is gone, or could not begin; the run can go on with a new job."""
+def _lost(sentence: str) -> FederationLost:
+    from fusion.federation.transport import FederationLost  # not for the server's job: see above
+
+    return FederationLost(f"federation: {sentence}")
 
 
 def _send(end: Connection, header: Mapping[str, Any], *bodies: bytes) -> None:
@@ -119,8 +126,8 @@ class CoordinatorRelay(Controller):  # type: ignore[misc]
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """Serve the study's process until it ends the job, or is gone."""
-        # The communicator keeps 0.2 s of its own, whatever a controller asks for.
-        self.communicator._task_check_period = _POLL_S
+        # At the end the engine would import torch, 6 s, to clean up downloads of tensors.
+        self.communicator._cleanup_inflight_tensor_downloads = lambda fl_ctx: None
         try:
             with self._connect(fl_ctx) as study:
                 _send(study, {"sites": self._connected()})
@@ -225,8 +232,14 @@ class SiteExecutor(Executor):  # type: ignore[misc]
                 raise ValueError("reply: found more bytes than may cross")
         except Exception:  # noqa: BLE001  (text of an error must not leave the site)
             self.log_exception(fl_ctx, "the site's party failed")
-            return encode(Refused("site_error"))
+            return _refusal()
         return reply
+
+
+def _refusal() -> bytes:
+    from fusion.messages import Refused, encode
+
+    return encode(Refused("site_error"))
 
 
 def _open_party(kit: Path) -> Party:
@@ -302,6 +315,7 @@ class FlareTransport:
             If the engine cannot be reached, or the job does not begin.
         """
         self._end_job()
+        self._close_session()  # it does not survive the server
         self._begin()
 
     def ask(self, payload: bytes, sites: Sequence[str]) -> dict[str, bytes]:
@@ -329,7 +343,7 @@ class FlareTransport:
         found = self._exchange(ECHO, sent, sites)
         took = time.perf_counter() - begun
         if any(found.get(site) != sent for site in sites):
-            raise FederationLost("federation: an echo did not come back from every site")
+            raise _lost("an echo did not come back from every site")
         return took
 
     def _exchange(self, kind: str, payload: bytes, sites: Sequence[str]) -> dict[str, bytes]:
@@ -340,13 +354,13 @@ class FlareTransport:
         with self._lock:
             relay = self._relay
             if relay is None:
-                raise FederationLost("federation: no job is running; submit one")
+                raise _lost("no job is running; submit one")
             try:
                 return self._ask_relay(relay, kind, payload, sites)
             except _FAULTS:
                 self._hang_up()
-                raise FederationLost(
-                    "federation: the server's job process is gone; the run can be resumed with a "
+                raise _lost(
+                    "the server's job process is gone; the run can be resumed with a "
                     "new job"
                 ) from None
 
@@ -372,19 +386,19 @@ class FlareTransport:
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             claim.close()
-            raise FederationLost(
-                "federation: another study is running from the coordinator's kit; wait for its end"
+            raise _lost(
+                "another study is running from the coordinator's kit; wait for its end"
             ) from None
         self._claim = claim
 
     def _begin(self) -> None:
         deadline = time.monotonic() + self._start_timeout_s
         session = self._connected_session(deadline)
-        _abort_others(session)
+        _clear(session)
         present = _wait_for_sites(session, self._sites, deadline)
         if not present:
-            raise FederationLost(
-                f"federation: found none of the sites connected within {self._start_timeout_s:g} "
+            raise _lost(
+                f"found none of the sites connected within {self._start_timeout_s:g} "
                 "s; start them with `consilium federation start --kit KIT`"
             )
         name, folder = secrets.token_hex(16), Path(tempfile.mkdtemp(prefix="consilium-"))
@@ -406,8 +420,8 @@ class FlareTransport:
                 self._session = _open_session(self._admin)
             except Exception as fault:
                 if time.monotonic() > deadline:
-                    raise FederationLost(
-                        "federation: found no server that answers; start it with `consilium "
+                    raise _lost(
+                        "found no server that answers; start it with `consilium "
                         "federation start --kit COORDINATOR`"
                     ) from fault
                 time.sleep(0.5)
@@ -428,8 +442,8 @@ class FlareTransport:
         while waiting.is_alive() and time.monotonic() < deadline and self._job_may_run(session):
             waiting.join(1.0)
         if not found or not found[0].poll(max(0.0, deadline - time.monotonic())):
-            raise FederationLost(
-                "federation: the job did not begin; see the log of the coordinator's kit"
+            raise _lost(
+                "the job did not begin; see the log of the coordinator's kit"
             )
         _receive(found[0])
         return found[0]
@@ -446,19 +460,25 @@ class FlareTransport:
             self._relay = None
 
     def _end_job(self) -> None:
-        if self._relay is not None:
+        """Ask the relay to end the job; one that does not is aborted."""
+        ended = self._job is None or self._dismiss()
+        self._hang_up()
+        if not ended and self._session is not None:
             try:
-                _send(self._relay, {"kind": _END})
-                self._relay.poll(_GRACE_S)
-            except OSError:
-                pass
-            self._hang_up()
-        if self._session is not None and self._job is not None:
-            try:
-                _abort_others(self._session)
+                _clear(self._session)
             except Exception:  # noqa: BLE001  (a server that is gone runs no job)
                 self._close_session()
         self._job = None
+
+    def _dismiss(self) -> bool:
+        """Whether the relay hung up in answer, after which the engine ends the job by itself."""
+        if self._relay is None:
+            return False
+        try:
+            _send(self._relay, {"kind": _END})
+            return self._relay.poll(_END_S)
+        except OSError:
+            return False
 
     def _close_session(self) -> None:
         session, self._session = self._session, None
@@ -480,7 +500,10 @@ def _open_session(kit: Path) -> Session:
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
     admin = json.loads((kit / "startup" / "fed_admin.json").read_text())["admin"]
-    return new_secure_session(admin["username"], str(kit), timeout=5.0, auto_login_max_tries=1)
+    with redirect_stdout(StringIO()):  # it prints that it connects
+        return new_secure_session(
+            admin["username"], str(kit), timeout=5.0, auto_login_max_tries=1
+        )
 
 
 def _wait_for_sites(session: Session, sites: Sequence[str], deadline: float) -> list[str]:
@@ -493,21 +516,18 @@ def _wait_for_sites(session: Session, sites: Sequence[str], deadline: float) -> 
         time.sleep(0.3)
 
 
-def _abort_others(session: Session) -> None:
-    """Abort jobs that have not ended, and wait until they have."""
-    deadline = time.monotonic() + _GRACE_S
-    aborted: set[str] = set()
-    while time.monotonic() < deadline:
-        open_jobs = [
-            job["job_id"]
-            for job in session.list_jobs()
-            if not str(job.get("status")).startswith(_ENDED)
-        ]
-        if not open_jobs:
+def _clear(session: Session) -> None:
+    """Wait until earlier jobs have ended; abort those that do not by themselves."""
+    begun, aborted = time.monotonic(), set[str]()
+    while time.monotonic() - begun < _GRACE_S:
+        jobs = session.list_jobs()
+        running = {j["job_id"] for j in jobs if not str(j.get("status")).startswith(_ENDED)}
+        if not running:
             return
-        for job in set(open_jobs) - aborted:
-            session.abort_job(job)
-            aborted.add(job)
+        if time.monotonic() - begun > _END_S:
+            for job in running - aborted:
+                session.abort_job(job)
+            aborted |= running
         time.sleep(0.3)
 
 

@@ -30,25 +30,25 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from fusion.averaging import AveragedFit, LocalSteps, local_update
 from fusion.encoder_inputs import take
-from fusion.late import fit_late_fusion
+from fusion.late import survival_outcome
 from fusion.survival import check_outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import TypeAlias, Unpack
+    from typing import TypeAlias
 
     from numpy.typing import ArrayLike, NDArray
 
     from fusion.encoder_inputs import Floats, Inputs
     from fusion.encoder_spec import EncoderSpec
     from fusion.federation import AveragingPlan
-    from fusion.late.estimators import FusionOptions
+    from fusion.late import CoxFusion, GatedFusion, LogisticHazardFusion
 
     Bools = NDArray[np.bool_]
     Rows = NDArray[np.intp]
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 MAX_AUC: Final = 0.60
 """Largest area under the attack's curve at which weights may be shared."""
-MIN_MODELS: Final = 32
+MIN_MODELS: Final = 64
 """Fewest models of an audit that lets anything pass: few teach an attack little."""
 _MIN_PAIRS: Final = 4
 _MIN_PATIENTS: Final = 20
@@ -153,7 +153,7 @@ class Effort:
         Seconds after which no further pair is begun; eight models are trained whatever they cost.
     """
 
-    n_models: int = 64
+    n_models: int = 128
     time_budget_s: float = np.inf
 
     def __post_init__(self) -> None:
@@ -203,14 +203,15 @@ def audit(
     if len(events) < _MIN_PATIENTS:
         raise ValueError(f"patients: found {len(events)}, needed at least {_MIN_PATIENTS} to audit")
     deadline = monotonic() + effort.time_budget_s
-    halves, found = [], []
+    halves: list[Bools] = []
+    found: list[tuple[Floats, Floats]] = []
     for at in range(effort.n_models // 2):
         if len(found) >= _MIN_PAIRS and monotonic() >= deadline:
             break
         half = _half(events, seed=seed, at=at)
         # A fit that did not converge on a half takes its complement with it.
         with suppress(ArithmeticError):
-            found.append([fit(np.flatnonzero(half)), fit(np.flatnonzero(~half))])
+            found.append((fit(np.flatnonzero(half)), fit(np.flatnonzero(~half))))
             halves.append(half)
         advance(2)
     if len(found) < _MIN_PAIRS:
@@ -243,8 +244,12 @@ def summarise(
     name, seed
         As in :func:`audit`.
     """
-    found = attack_curve(*likelihood_ratios(*pairs.split(_standardised(pairs.log_hazard))), seed)
-    loss = deviance(pairs.log_hazard, event, time)
+    expected = expected_events(pairs.log_hazard, event, time)
+    pull = np.asarray(event - expected.mean(axis=(0, 1)))
+    members, others = pairs.split(_standardised(pairs.log_hazard))
+    found = attack_curve(*likelihood_ratios(members, others, pull), seed)
+    # Half the squared deviance residual, Therneau, Grambsch and Fleming 1990.
+    loss = expected - event - np.log(np.where(event, expected, 1.0))
     simple = attack_curve(*pairs.split(-loss), seed)
     return MembershipResult(
         name=name,
@@ -270,27 +275,47 @@ def _standardised(log_hazard: Floats) -> Floats:
     return np.asarray(np.divide(centred, scale, out=np.zeros_like(centred), where=scale > 1e-12))
 
 
-def likelihood_ratios(inside: Floats, outside: Floats) -> tuple[Floats, Floats]:
-    """Score each pair by what the other pairs teach; higher says that the model saw the patient.
+def likelihood_ratios(inside: Floats, outside: Floats, pull: Floats) -> tuple[Floats, Floats]:
+    r"""Score each pair by what the other pairs teach; higher says that the model saw the patient.
 
     Parameters
     ----------
     inside, outside
         (pairs, n) log hazards by the model of each pair that saw a patient, and by the one that did
         not.
+    pull
+        (n,) martingale residuals: where a patient should draw her log hazard, up to one factor.
 
     Returns
     -------
     members, others
-        (pairs, n) log likelihood ratios of ``inside`` and of ``outside``. Means are a patient's
-        own, variances are drawn toward those of all patients.
+        (pairs, n) log likelihood ratios of ``inside`` and of ``outside``.
+
+    Notes
+    -----
+    Few models tell a patient's shift :math:`\delta_i` between the two roughly. It is drawn toward
+    :math:`a r_i`, with :math:`r_i` the pull and :math:`a` fitted to all patients, by the share of
+    its variance about that line which its standard error explains. Variances are likewise drawn
+    toward those of all patients.
     """
-    seen, unseen = _left_out_moments(inside), _left_out_moments(outside)
+    (seen, seen_variance), (unseen, unseen_variance) = map(_left_out_moments, (inside, outside))
+    error = (seen_variance + unseen_variance) / (len(inside) - 1)
+    half_shift = _shrunken(seen - unseen, error, pull) / 2.0
+    middle = (seen + unseen) / 2.0
 
     def _ratio(values: Floats) -> Floats:
-        return _log_density(values, *seen) - _log_density(values, *unseen)
+        member = _log_density(values, middle + half_shift, seen_variance)
+        return member - _log_density(values, middle - half_shift, unseen_variance)
 
     return _ratio(inside), _ratio(outside)
+
+
+def _shrunken(shift: Floats, error: Floats, pull: Floats) -> Floats:
+    """(pairs, n) shifts with their error variances, drawn toward the line through the pulls."""
+    squares = float(pull @ pull)
+    line = np.outer(shift @ pull / squares, pull) if squares > 0 else np.zeros_like(shift)
+    about = np.maximum(((shift - line) ** 2 - error).mean(axis=1, keepdims=True), 0.0)
+    return np.asarray(line + about / (about + error) * (shift - line))
 
 
 def _left_out_moments(values: Floats) -> tuple[Floats, Floats]:
@@ -309,32 +334,29 @@ def _log_density(values: Floats, mean: Floats, variance: Floats) -> Floats:
     return np.asarray(-0.5 * ((values - mean) ** 2 / variance + np.log(variance)))
 
 
-def deviance(log_hazard: Floats, event: Bools, time: Floats) -> Floats:
-    """(..., n) deviance of each patient, squared [1]_, given the baseline that suits the model.
+def expected_events(log_hazard: Floats, event: Bools, time: Floats) -> Floats:
+    """(..., n) events expected of each patient in her time, given the baseline that suits a model.
 
     Parameters
     ----------
     log_hazard
         (..., n) by each model.
     event, time
-        (n,) outcome; the baseline is Breslow's, of all n patients.
+        (n,) outcome; the baseline is Breslow's, of all n patients [1]_.
 
     References
     ----------
-    .. [1] Therneau TM, Grambsch PM, Fleming TR. Martingale-based residuals for survival models.
-       Biometrika 1990;77:147-160.
+    .. [1] Breslow N. Contribution to the discussion of Cox DR. JRSS B 1972;34:216-217.
     """
     order = np.argsort(time, kind="stable")
     times, events = time[order], event[order]
-    centred = log_hazard[..., order] - log_hazard.max(axis=-1, keepdims=True)
-    hazard = np.exp(np.maximum(centred, -600.0))
+    shifted = log_hazard[..., order] - log_hazard.max(axis=-1, keepdims=True)
+    hazard = np.exp(np.maximum(shifted, -600.0))
     at_risk = np.cumsum(hazard[..., ::-1], axis=-1)[..., ::-1]
     at_risk = at_risk[..., np.searchsorted(times, times, side="left")]
     until = np.searchsorted(times, times, side="right") - 1
-    expected = hazard * np.cumsum(events / at_risk, axis=-1)[..., until]
-    own = np.where(events, expected, 1.0)
     found = np.empty_like(hazard)
-    found[..., order] = 2.0 * (expected - events - np.log(own))
+    found[..., order] = hazard * np.cumsum(events / at_risk, axis=-1)[..., until]
     return found
 
 
@@ -483,9 +505,7 @@ def fusion_fit(
     columns: Floats,
     event: ArrayLike,
     time: ArrayLike,
-    *,
-    model: Literal["cox", "logistic_hazard", "gated"],
-    **options: Unpack[FusionOptions],
+    estimator: Callable[[], CoxFusion | LogisticHazardFusion | GatedFusion],
 ) -> Fit:
     """Training of the fusion model by a site on its own, from the log hazards of its encoders.
 
@@ -495,13 +515,12 @@ def fusion_fit(
         (n, m) out-of-fold log hazards, NaN where absent; every patient has some.
     event, time
         (n,) outcome.
-    model, **options
-        As in :func:`fusion.late.fit_late_fusion`.
+    estimator
+        Makes one of :data:`fusion.late.ESTIMATORS`, not yet fitted.
     """
-    events, times = check_outcome(event, time)
+    y = survival_outcome(event, time)
 
     def _fit(rows: Rows) -> Floats:
-        trained = fit_late_fusion(columns[rows], events[rows], times[rows], model=model, **options)
-        return trained.predict(columns)
+        return estimator().fit(columns[rows], y[rows]).predict(columns)
 
     return _fit

@@ -7,7 +7,18 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from consortium import (
+
+from fusion import messages as m
+from fusion.federation import (
+    InProcess,
+    QuorumNotMet,
+    SiteStudy,
+    run_federation,
+)
+from fusion.federation.conversation import BrokenTotal
+from fusion.federation.plan import AveragingPlan
+from fusion.late.gated import initial_gated_weights
+from tests.consortium import (
     EASY,
     PLAN,
     RUN,
@@ -18,15 +29,6 @@ from consortium import (
     small,
     studies_of,
 )
-from fusion import messages as m
-from fusion.federation import (
-    InProcess,
-    QuorumNotMet,
-    SiteStudy,
-    run_federation,
-)
-from fusion.federation.conversation import BrokenTotal
-from fusion.federation.plan import AveragingPlan
 
 SECURE = replace(PLAN, secure_sum=True)
 
@@ -56,7 +58,8 @@ def test_secure_sums_give_the_model_of_plain_ones(model):
 
 
 def test_networks_averaged_behind_masks_are_those_of_plain_averages():
-    gating = AveragingPlan(start=np.full(36, 0.1), rounds=4, learning_rate=0.1)
+    start = initial_gated_weights(np.zeros(6), hidden=PLAN.gating_hidden)
+    gating = AveragingPlan(start=start, rounds=4, learning_rate=0.1)
     plan = replace(PLAN, fusion_model="gated", gating=gating)
     plain = run_federation(plan, InProcess(studies_of(large(), plan)))
     secure, _ = secure_run(large(), replace(plan, secure_sum=True))
@@ -123,7 +126,8 @@ def test_a_site_that_leaves_ends_the_attempt_and_no_coefficients_are_asked_of_tw
     assert left["site-02"] == "unreachable"
     asked: dict[bytes, set[frozenset[str]]] = {}
     for request, replies in heard.heard:
-        if isinstance(request, m.AskSums) and any(isinstance(x, m.Masked) for x in replies.values()):
+        masked = any(isinstance(x, m.Masked) for x in replies.values())
+        if masked and isinstance(request, m.AskSums):
             for fit, row in zip(request.fits, request.coefficients, strict=True):
                 asked.setdefault(fit.encode() + row.tobytes(), set()).add(frozenset(replies))
     with_02 = {k for k, of in asked.items() if any("site-02" in x for x in of)}
@@ -133,14 +137,10 @@ def test_a_site_that_leaves_ends_the_attempt_and_no_coefficients_are_asked_of_tw
     # What both have seen was asked once with everybody, and lost with the site that left.
     again = with_02 & without_02
     assert not again
-    honest = run_federation(
-        replace(plan, secure_sum=False),
-        InProcess(studies_of({s: r for s, r in rows.items() if s != "site-02"}, plan)),
-    )
-    gap = np.abs(
-        fitted.models["local_encoders"].coefficients - honest.models["local_encoders"].coefficients
-    ).max()
-    assert gap < 1e-6
+    plain = replace(plan, secure_sum=False)
+    honest = run_federation(plain, Flaky(studies_of(rows, plain), "site-02", lambda ask, n: n >= 3))
+    for arm, model in honest.models.items():
+        np.testing.assert_allclose(fitted.models[arm].coefficients, model.coefficients, atol=1e-8)
 
 
 @pytest.mark.border

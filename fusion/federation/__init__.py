@@ -33,7 +33,7 @@ from fusion.federation.results import (
 )
 from fusion.federation.rows import Outcome, SharedNetwork, SiteRows, Split
 from fusion.federation.site import SiteStudy
-from fusion.federation.transport import InProcess, Transport
+from fusion.federation.transport import FederationLost, InProcess, Transport
 
 __all__ = [
     "LOCAL_ENCODERS",
@@ -45,6 +45,7 @@ __all__ = [
     "AveragingPlan",
     "Coordinator",
     "Encoders",
+    "FederationLost",
     "FederationPlan",
     "Fitted",
     "FusionFit",

@@ -35,12 +35,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import numpy as np
 from scipy.special import gammaln
 
-from fusion.federation.plan import CALIBRATION_SLOPE, fold_of
+from fusion import messages as m
+from fusion.federation.plan import CALIBRATION_SLOPE, PROTOCOL, fold_of
 from fusion.newton import LikelihoodSums
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fusion import messages as m
     from fusion.evaluation import PairCounts
     from fusion.federation.conversation import SiteOutcome
     from fusion.federation.plan import FederationPlan
@@ -127,16 +127,34 @@ class _Said:
     n_patients: int = 0
 
 
+class Known(Protocol):
+    """What a coordinator knows of a run: its plan, and what each site said of itself."""
+
+    @property
+    def plan(self) -> FederationPlan:
+        """On the grid that the run agreed on."""
+
+    @property
+    def outcomes(self) -> Mapping[str, SiteOutcome]:
+        """Per site its counts."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A bound that a reply breaks, and the fit or the kind of message that breaks it."""
+
+    what: str
+    reason: Reason
+
+
 @dataclass
 class Watch:
     """Holds every reply to the bounds, and to what its sites said before.
 
     Attributes
     ----------
-    plan
-        What every party approved.
-    outcomes
-        What each site said of itself; read anew at each check.
+    known
+        Read anew at each check.
 
     Notes
     -----
@@ -144,24 +162,41 @@ class Watch:
     while a penalty is chosen binds it in the fit itself; fits that leave a fold out are each one.
     """
 
-    plan: FederationPlan
-    outcomes: Mapping[str, SiteOutcome]
+    known: Known
     _said: dict[tuple[frozenset[str], str, int | None], _Said] = field(
         default_factory=lambda: defaultdict(_Said)
     )
 
-    def judge(
-        self, request: m.AskSums, reply: m.Sums, sites: Sequence[str]
-    ) -> tuple[str, Reason] | None:
-        """Check every fit of a reply, or of a total of these sites.
+    @property
+    def plan(self) -> FederationPlan:
+        """What every party approved, on the grid that the run agreed on."""
+        return self.known.plan
+
+    def judge(self, request: m.Message, reply: m.Message, sites: Sequence[str]) -> Fault | None:
+        """Check a reply of one site, or the total of several.
 
         Returns
         -------
-        tuple or None
-            The first fit at fault, and why; None where there is none.
+        Fault or None
+            None for honest replies, whatever the rows, and for messages without sums.
         """
+        kind, outcomes = type(reply).__name__, self.known.outcomes
+        reason: Reason | None = None
+        if isinstance(request, m.AskSums) and isinstance(reply, m.Sums):
+            return self._sums_fault(request, reply, sites)
+        if isinstance(reply, m.Description):
+            reason = description_fault(reply)
+        elif isinstance(reply, m.DesignMoments):
+            reason = moments_fault(reply, self.behind(sites, PROTOCOL))
+        elif isinstance(reply, m.Intervals):
+            reason = intervals_fault(reply, self.behind(sites, PROTOCOL), self.plan.edges_days)
+        elif isinstance(reply, m.Evaluation):
+            reason = evaluation_fault(reply, outcomes[sites[0]])
+        return None if reason is None else Fault(kind, reason)
+
+    def _sums_fault(self, request: m.AskSums, reply: m.Sums, sites: Sequence[str]) -> Fault | None:
         for row, fit in enumerate(request.fits):
-            p = self._n_coefficients(fit, request.coefficients.shape[1])
+            p = self.plan.n_coefficients(fit)
             sums = LikelihoodSums(
                 float(reply.log_likelihood[row]),
                 reply.gradient[row, :p],
@@ -171,7 +206,7 @@ class Watch:
             )
             reason = self.check(sites, fit, request.coefficients[row, :p], sums)
             if reason is not None:
-                return fit, reason
+                return Fault(fit, reason)
         return None
 
     def check(
@@ -221,7 +256,7 @@ class Watch:
     def behind(self, sites: Sequence[str], fit: str) -> Behind:
         """Who may stand behind a fit of these sites."""
         design = fit.partition("/")[0]
-        found = [self.outcomes[s] for s in sites]
+        found = [self.known.outcomes[s] for s in sites]
         shared = design in self.plan.sums
         if design == CALIBRATION_SLOPE:
             counts = [(x.n_test, x.n_test_events) for x in found]
@@ -236,16 +271,10 @@ class Watch:
             n_events=sum(d for _, d in counts),
             n_sites=len(counts),
             largest=max((n for n, _ in counts), default=0),
-            n_pooled=sum(x.n_train for x in self.outcomes.values()),
+            n_pooled=sum(x.n_train for x in self.known.outcomes.values()),
             exact=not shared,
             every_event=not shared and self.plan.fusion_model != "logistic_hazard",
         )
-
-    def _n_coefficients(self, fit: str, width: int) -> int:
-        design = fit.partition("/")[0]
-        known = design in self.plan.sums or design == CALIBRATION_SLOPE
-        # The grid that a run agrees on may be shorter than the plan's; arms are the widest fits.
-        return self.plan.n_coefficients(fit) if known else width
 
     def _kind(self, fit: str, p: int) -> _Kind:
         design = fit.partition("/")[0]
@@ -273,7 +302,8 @@ class Watch:
         reach = np.inf
         spread = self._spread(sites, fit)
         if spread is not None:
-            reach = float(np.sqrt(max(2.0 * behind.largest * (step @ spread @ step), 0.0)))
+            squared = 2.0 * behind.largest * float(step @ spread @ step)
+            reach = float(np.sqrt(max(squared, 0.0)))
         if not kind.is_arm:
             return reach
         k, m_flags = kind.n_baseline, kind.n_flags
@@ -283,7 +313,7 @@ class Watch:
             # An input of unit variance over n patients is nowhere above sqrt(n).
             largest = np.sqrt(behind.n_pooled) * of_inputs + of_flags
             return 2.0 * (float(np.abs(step[:k]).max()) + largest)
-        return min(reach, np.sqrt(2.0 * behind.n_pooled) * of_inputs + of_flags)
+        return min(reach, float(np.sqrt(2.0 * behind.n_pooled)) * of_inputs + of_flags)
 
 
 def _counts_fault(sums: LikelihoodSums, behind: Behind, said: _Said) -> Reason | None:
@@ -460,13 +490,20 @@ def is_stationary(fit: NewtonFit, sums: LikelihoodSums, *, tolerance: float = 1e
     return bool((np.abs(pull) <= tolerance * scale + _ROUNDING * n).all())
 
 
-def broken_total(fit: str, reason: str) -> BoundsBroken:
+def broken_total(fault: Fault) -> BoundsBroken:
     """One sentence for a run that ends because a total is none."""
     return BoundsBroken(
-        f"{fit}: found a total of the sites' sums that no patients can have "
-        f"({reason.replace('_', ' ')}); a site sends wrong sums, and in a secure sum nobody can "
-        "tell which: let every site run its self-check, or repeat the study without secure sum"
+        f"{fault.what}: found a total of the sites' sums that no patients can have "
+        f"({fault.reason.replace('_', ' ')}); a site sends wrong sums, and a secure sum does not "
+        "say which: look at every site's own log, or repeat the study without secure sum"
     )
+
+
+def description_fault(reply: m.Description) -> Reason | None:
+    """Say whether the counts that a site gives of itself contradict each other."""
+    pairs = ((reply.n_train, reply.n_train_events), (reply.n_test, reply.n_test_events))
+    agrees = all(0 <= d <= n for n, d in pairs) and (reply.n_train > 0) == reply.trains
+    return None if agrees else "counts_disagree"
 
 
 def moments_fault(reply: m.DesignMoments, behind: Behind) -> Reason | None:

@@ -180,9 +180,7 @@ class Conversation:
         )
         return replies
 
-    def collect(
-        self, request: m.Message, expected: type[Reply], *, stage: str
-    ) -> dict[str, Reply]:
+    def collect(self, request: m.Message, expected: type[Reply], *, stage: str) -> dict[str, Reply]:
         """Ask every training site for sums that are to be added up.
 
         Returns

@@ -239,7 +239,7 @@ class FederationPlan:
 
     @property
     def private_fits(self) -> tuple[str, ...]:
-        """Every fit that is made of noisy sums: encoders of all patients, and the protocol's arm."""
+        """Fits that noisy sums may make: encoders of all patients, and the protocol's arm."""
         return (*self.sums, PROTOCOL)
 
     @property

@@ -9,6 +9,8 @@ import numpy as np
 from fusion.survival import moments
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import ArrayLike, NDArray
 
     from fusion.evaluation import PairCounts
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 
 # One-sided: chance stops one honest site of 700 whose own models know nothing.
 _STOPS: Final = 3.0
-_FARTHEST_SD: Final = 50.0
+# Features with long tails, not yet on a log scale, reach 100 in honest tables.
+_FARTHEST_SD: Final = 300.0
 _MOST_DUPLICATES: Final = 0.2
 _LEAST_VALUES: Final = 5
 
@@ -44,7 +47,7 @@ def self_check(rows: SiteRows) -> str | None:
         _outcome_fault(rows.train)
         or next((w for x, t in rows.tables.items() if (w := table_fault(x, t.train))), None)
         or _duplicates_fault(rows)
-        or below_chance(_own_log_hazard(rows), rows.train.event, rows.train.time)
+        or model_fault([x.train for x in rows.local.values()], rows.train)
     )
 
 
@@ -62,7 +65,7 @@ def _outcome_fault(train: Outcome) -> str | None:
 def table_fault(modality: str, table: Floats) -> str | None:
     """Say what is wrong with an (n, p) table whose absent cells are NaN, or None.
 
-    A value stands out when it lies more than 50 standard deviations of all other values from
+    A value stands out when it lies more than 300 standard deviations of all other values from
     their mean: another unit, or a code for an absent one. Inputs of fewer than five different
     values are left alone.
     """
@@ -102,11 +105,23 @@ def _duplicates_fault(rows: SiteRows) -> str | None:
     )
 
 
-def _own_log_hazard(rows: SiteRows) -> Floats:
-    columns = [np.full(len(rows.train), np.nan), *(x.train for x in rows.local.values())]
+def model_fault(columns: Sequence[Floats], train: Outcome) -> str | None:
+    """Say so where models together put patients in the reverse order of their outcomes.
+
+    Parameters
+    ----------
+    columns
+        (n,) log hazards of each modality, higher is worse, NaN where absent: of the site's own
+        encoders, out-of-fold, or of the consortium's once they are set. Each is standardised.
+    train
+        Outcome of the same patients.
+    """
+    if not columns:
+        return None
     stacked = np.column_stack(columns)
     seen = moments(stacked)
-    return np.asarray(np.nan_to_num((stacked - seen.mean) / seen.scale).sum(axis=1))
+    log_hazard = np.nan_to_num((stacked - seen.mean) / seen.scale).sum(axis=1)
+    return below_chance(log_hazard, train.event, train.time)
 
 
 def below_chance(log_hazard: ArrayLike, event: ArrayLike, time: ArrayLike) -> str | None:

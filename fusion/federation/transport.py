@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from fusion.federation.site import SiteStudy
 
 
+class FederationLost(RuntimeError):
+    """The engine's job is gone, or could not begin; the run can go on with a new job."""
+
+
 class Transport(Protocol):
     """Carries one request to several sites and brings their replies, knowing neither."""
 
