@@ -76,7 +76,7 @@ def verify(
 
     Ends with status 1 if there is one.
     """
-    from flows.cli import UsageError
+    from flows.terminal import UsageError
 
     if path is not None and root is not None:
         raise UsageError("audit verify: found a path and --root, needed one of them")
@@ -121,7 +121,7 @@ def _verdict(log: Path, others: Sequence[Path], public: str) -> _Verdict:
 
 
 def _key_of(log: Path) -> str:
-    from flows.cli import UsageError
+    from flows.terminal import UsageError
 
     found = public_key(log.parent)
     if found is None:
@@ -130,7 +130,7 @@ def _key_of(log: Path) -> str:
 
 
 def _log_at(path: Path) -> Path:
-    from flows.cli import UsageError
+    from flows.terminal import UsageError
 
     found = path / LOG_FILE if path.is_dir() else path
     if not found.is_file():
@@ -139,7 +139,7 @@ def _log_at(path: Path) -> Path:
 
 
 def _logs_below(root: Path) -> list[Path]:
-    from flows.cli import UsageError
+    from flows.terminal import UsageError
 
     found = sorted(
         log

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import secrets
 import sys
 from contextlib import contextmanager
 from enum import StrEnum
@@ -13,17 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from infra.settings import SITE_FILE, STUDY_FILE, SettingsError, Workspace
+from flows.site_cli import site_app
+from flows.terminal import (
+    ERR,
+    OUT,
+    Force,
+    Json,
+    Root,
+    UsageError,
+    opened,
+    print_json,
+    say,
+    serving,
+    write_new,
+)
+from infra.settings import STUDY_FILE, SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
-    from flows.protocol import StudyProtocol
-    from flows.summary import Run
-    from modalities.cohort import Exclusion
 
 app = typer.Typer(
     help="Survival models that cancer centres train together without showing their patients.",
@@ -32,12 +39,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 study_app = typer.Typer(help="Define, check and run a study.", no_args_is_help=True)
-site_app = typer.Typer(help="Set up, check and prepare one site.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
 app.add_typer(site_app, name="site")
 
-_OUT = Console()
-_ERR = Console(stderr=True)
 _SIGINT_STATUS = 130
 
 
@@ -48,11 +52,8 @@ class Federations(StrEnum):
     flare = "flare"
 
 
-Root = Annotated[Path, typer.Option("--root", help="Folder with study.toml and the site or sites.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the simulation.")]
 Sites = Annotated[str, typer.Option(help="Patients per site, as 160,110,90,40.")]
-Site = Annotated[str | None, typer.Argument(help="Site; may be left out if there is one.")]
 Engine = Annotated[
     Federations,
     typer.Option(
@@ -61,11 +62,6 @@ Engine = Annotated[
         "the network.",
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
-
-
-class UsageError(ValueError):
-    """A command that cannot be carried out as typed."""
 
 
 def main() -> None:
@@ -84,12 +80,12 @@ def main() -> None:
         sentence = _sentence(error)
         if sentence is None:
             raise
-        _ERR.print(f"consilium: {sentence}", markup=False, highlight=False, soft_wrap=True)
+        ERR.print(f"consilium: {sentence}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
 def _interrupted() -> None:
-    _ERR.print("consilium: interrupted; run the same command again to continue")
+    ERR.print("consilium: interrupted; run the same command again to continue")
     sys.exit(_SIGINT_STATUS)
 
 
@@ -165,7 +161,7 @@ def demo(
         _print_seeds(found, as_json=as_json)
         return
     root = out.resolve()
-    with _serving(root, as_json=as_json) as run, _as_usage_error():
+    with serving(root, as_json=as_json) as run, _as_usage_error():
         from flows.demo import run_demo
 
         summary = run_demo(
@@ -192,7 +188,7 @@ def simulate(
         names = write_consortium(
             folder, sizes, seed=seed, tables_only=tables_only, advance=progress.advance
         )
-    _say(f"{sum(sizes)} patients at {', '.join(names)}; run: consilium study run --root {folder}")
+    say(f"{sum(sizes)} patients at {', '.join(names)}; run: consilium study run --root {folder}")
 
 
 @app.command()
@@ -230,7 +226,7 @@ def report(
     text = render_again(folder)
     with replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    _say(f"wrote {target}")
+    say(f"wrote {target}")
 
 
 def _run_folder(root: Path, run: str | None) -> Path:
@@ -268,7 +264,7 @@ def study_init(
 
     text = template("study.toml").format(name=name)
     read_protocol_text(text, source="study.toml")
-    _write_new(root / STUDY_FILE, text, force=force)
+    write_new(root / STUDY_FILE, text, force=force)
 
 
 @study_app.command("check")
@@ -280,9 +276,9 @@ def study_check(
     from flows.protocol import load_protocol
 
     protocol = load_protocol(root / file)
-    _say(f"{protocol.study.name}: valid, fingerprint {protocol.fingerprint()}")
+    say(f"{protocol.study.name}: valid, fingerprint {protocol.fingerprint()}")
     for lowered in protocol.privacy.lowered():
-        _say(f"lowered minimum: {lowered}")
+        say(f"lowered minimum: {lowered}")
 
 
 @study_app.command("run")
@@ -294,9 +290,9 @@ def study_run(
     All sites run in this process: for simulated and public data, and for trying out. Over flare,
     sites are prepared where they are; the folder is the coordinator's, with its kits.
     """
-    workspace, _ = _workspace(root)
+    workspace, _ = opened(root)
     if federation is Federations.flare:
-        with _serving(workspace.root, as_json=as_json) as run:
+        with serving(workspace.root, as_json=as_json) as run:
             from flows.demo import run_from_kits
 
             summary = run_from_kits(workspace.root, run)
@@ -308,138 +304,11 @@ def study_run(
             f"sites: found {len(names)} below the folder, needed at least 2; one site has nothing "
             "to federate"
         )
-    with _serving(workspace.root, as_json=as_json) as run:
+    with serving(workspace.root, as_json=as_json) as run:
         from flows.demo import run_workspace
 
         summary = run_workspace(workspace.root, names, run)
     _print_study(summary, as_json=as_json)
-
-
-@site_app.command("init")
-def site_init(
-    name: Annotated[str, typer.Argument(help="Opaque lower-case name, as site-01.")],
-    root: Root = Path(),
-    force: Force = False,
-) -> None:
-    """Write a site.toml with a new secret, and an empty manifest."""
-    from flows.demo import template
-    from modalities.cohort import MANIFEST_COLUMNS
-
-    if not re.fullmatch(r"[a-z][a-z0-9-]{0,39}", name):
-        raise UsageError(f"name: found {name!r}, needed lower-case letters, digits and hyphens")
-    text = template("site.toml").format(name=name, secret=secrets.token_hex(32))
-    _write_new(root / SITE_FILE, text, force=force, private=True)
-    if not (root / "manifest.csv").exists():
-        _write_new(root / "manifest.csv", ",".join(MANIFEST_COLUMNS) + "\n", force=False)
-
-
-@site_app.command("check")
-def site_check(
-    site: Annotated[
-        str | None, typer.Argument(help="Site; may be left out if there is one.")
-    ] = None,
-    root: Root = Path(),
-    as_json: Json = False,
-) -> None:
-    """Look at every raw input and say in one sentence what is wrong with it; exit 1 if any is."""
-    from flows.check import check_site
-    from flows.progress import Progress
-    from modalities.cohort import read_manifest
-
-    workspace, protocol = _workspace(root)
-    settings = workspace.site(_only_site(workspace, site))
-    rows, _ = read_manifest(settings.path(settings.manifest), protocol.modalities)
-    with Progress("check", total=len(rows)) as progress:
-        faults = check_site(settings, protocol, advance=progress.advance)
-    if as_json:
-        _print_json([vars(fault) for fault in faults])
-    else:
-        _print_faults(faults, n_inputs=len(rows))
-    raise typer.Exit(1 if faults else 0)
-
-
-@site_app.command("prepare")
-def site_prepare(
-    site: Annotated[
-        str | None, typer.Argument(help="Site; may be left out if there is one.")
-    ] = None,
-    root: Root = Path(),
-) -> None:
-    """Turn a site's raw inputs into its cohort, doing only what is new."""
-    workspace, protocol = _workspace(root)
-    name = _only_site(workspace, site)
-    with _serving(workspace.root) as run:
-        _connected(workspace.root, run)
-        from flows.site import prepare_site
-
-        done = prepare_site(protocol.study.name, name)
-    _say(
-        f"{name}: {done.n_patients} patients, {done.n_extracted} inputs extracted, "
-        f"{done.n_excluded} set aside (excluded.csv)"
-    )
-
-
-@site_app.command("train")
-def site_train(
-    site: Annotated[
-        str | None, typer.Argument(help="Site; may be left out if there is one.")
-    ] = None,
-    root: Root = Path(),
-) -> None:
-    """Train a site's own encoders on its cohort."""
-    workspace, protocol = _workspace(root)
-    name = _only_site(workspace, site)
-    with _serving(workspace.root) as run:
-        _connected(workspace.root, run)
-        from flows.site import train_site
-
-        left_out = train_site(protocol.study.name, name)
-    for modality in protocol.modalities:
-        _say(f"{name}: {modality}: {left_out.get(modality, 'trained')}")
-
-
-def _workspace(root: Path) -> tuple[Workspace, StudyProtocol]:
-    from flows.protocol import load_protocol
-
-    os.environ["CONSILIUM_ROOT"] = str(root.resolve())
-    workspace = Workspace()
-    return workspace, load_protocol(workspace.study_file)
-
-
-def _only_site(workspace: Workspace, site: str | None) -> str:
-    names = workspace.site_names()
-    if site is None and len(names) != 1:
-        raise UsageError(f"site: found {len(names)} ({', '.join(names) or 'none'}), name one")
-    return site or names[0]
-
-
-def _write_new(path: Path, text: str, *, force: bool, private: bool = False) -> None:
-    from modalities.files import replacing
-
-    if path.exists() and not force:
-        raise UsageError(f"{path.name}: found one already; use --force to replace it")
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.chmod(0o600 if private else 0o644)
-    _say(f"wrote {path}")
-
-
-@contextmanager
-def _serving(root: Path, *, as_json: bool = False) -> Iterator[Run]:
-    """Start Prefect's server before anything slow is imported: it boots while we work."""
-    from flows.services import prefect_server
-    from flows.summary import Run, Stopwatch
-
-    watch = Stopwatch()
-    with prefect_server(root / "prefect") as server:
-        yield Run(server, watch, _silent if as_json else _say)
-
-
-def _connected(root: Path, run: Run) -> None:
-    from flows.demo import connect
-
-    connect(run.server, root)
-    run.server.wait_ready()
 
 
 @contextmanager
@@ -455,46 +324,34 @@ def _as_usage_error() -> Iterator[None]:
 
 @contextmanager
 def _quiet_status(text: str) -> Iterator[None]:
-    if _ERR.is_terminal:
-        with _ERR.status(text):
+    if ERR.is_terminal:
+        with ERR.status(text):
             yield
     else:
         yield
 
 
-def _say(text: str) -> None:
-    _OUT.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _silent(text: str) -> None:
-    del text
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
-
-
 def _print_study(summary: dict[str, Any], *, as_json: bool) -> None:
     table = summary.pop("table")
     if as_json:
-        _print_json(summary)
+        print_json(summary)
         return
     from flows.reports import to_rich
 
-    _OUT.print(to_rich(table))
+    OUT.print(to_rich(table))
     reused = " (unchanged: the version of an earlier run)" if summary["reused"] else ""
-    _say(f"registered: {summary['model_name']} version {summary['model_version']}{reused}")
-    _say(f"took {summary['wall_s']['total']:.0f} s; everything is in {summary['root']}")
+    say(f"registered: {summary['model_name']} version {summary['model_version']}{reused}")
+    say(f"took {summary['wall_s']['total']:.0f} s; everything is in {summary['root']}")
     folder = os.path.relpath(summary["root"])
-    _say("look at it:")
-    _say(f"  {folder}/runs/{summary['run'][:12]}/report.html")
-    _say(f"  consilium ui {folder}")
-    _say(f"  python -m json.tool {folder}/runs/{summary['run'][:12]}/summary.json")
+    say("look at it:")
+    say(f"  {folder}/runs/{summary['run'][:12]}/report.html")
+    say(f"  consilium ui {folder}")
+    say(f"  python -m json.tool {folder}/runs/{summary['run'][:12]}/summary.json")
 
 
 def _print_seeds(found: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     arms = list(found["mean_concordance"])
     table = Table("seed", *(arm.replace("_", " ") for arm in arms))
@@ -502,20 +359,18 @@ def _print_seeds(found: dict[str, Any], *, as_json: bool) -> None:
         table.add_row(str(run["seed"]), *(f"{run['concordance'][arm]:.3f}" for arm in arms))
     table.add_section()
     table.add_row("mean", *(f"{found['mean_concordance'][arm]:.3f}" for arm in arms))
-    _OUT.print(table)
-    _say(f"federated above local in {found['n_federated_above_local']} of {found['n_seeds']} seeds")
+    OUT.print(table)
+    say(f"federated above local in {found['n_federated_above_local']} of {found['n_seeds']} seeds")
 
 
-def _print_faults(faults: Sequence[Exclusion], *, n_inputs: int) -> None:
-    for fault in faults:
-        _say(f"{fault.patient_id}  {fault.modality}  {fault.code}: {fault.reason}")
-    _say(f"{n_inputs} inputs, {len(faults)} would be set aside")
-
-
-def _register_extract() -> None:
+def _register() -> None:
+    from flows.audit_cli import audit_app
     from flows.extract_cli import extract_app
+    from flows.federation_cli import federation_app
 
     app.add_typer(extract_app, name="extract")
+    app.add_typer(federation_app, name="federation")
+    app.add_typer(audit_app, name="audit")
 
 
-_register_extract()
+_register()

@@ -31,8 +31,8 @@ def _say(text: str) -> None:
 
 
 def _from_study(study: Path, kind: type[Spec]) -> Spec:
-    from flows.cli import UsageError
     from flows.protocol import load_protocol
+    from flows.terminal import UsageError
 
     found = [s for s in load_protocol(study).modality.values() if isinstance(s, kind)]
     if len(found) != 1:
@@ -117,7 +117,7 @@ def omics(
     study: Study = None,
 ) -> None:
     """Turn counts into pathway scores or a normalised gene panel."""
-    from flows.cli import UsageError
+    from flows.terminal import UsageError
     from modalities.omics import OmicsSpec, extract
 
     if study is not None:
@@ -185,8 +185,8 @@ def tabular(
 def _spec(kind: type[Spec], **values: object) -> Spec:
     from pydantic import ValidationError
 
-    from flows.cli import UsageError
     from flows.protocol import describe_errors
+    from flows.terminal import UsageError
 
     try:
         return kind(**values)
@@ -195,7 +195,7 @@ def _spec(kind: type[Spec], **values: object) -> Spec:
 
 
 def _levels(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    from flows.cli import UsageError
+    from flows.terminal import UsageError
 
     found = {}
     for text in texts:
@@ -207,7 +207,7 @@ def _levels(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _read_gmt(path: Path) -> dict[str, tuple[str, ...]]:
-    from flows.cli import UsageError
+    from flows.terminal import UsageError
 
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

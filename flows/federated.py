@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Final
 
 from flows.approvals import FOLDER as APPROVALS
 from flows.approvals import approval_fields, read_approvals
-from flows.gate import AUDIT
 from flows.identity import identity
 from flows.versions import CODE, source_digest
 from fusion import messages as m
-from fusion.audit import AuditLog
+from fusion.audit import LOG_FILE, AuditLog
 from fusion.federation.consortium import CONSORTIUM_FILE, COORDINATOR, read_consortium
 from fusion.federation.conversation import introduce
 from fusion.federation.envelope import SignedTransport
@@ -21,6 +20,7 @@ from modalities.files import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from flows.protocol import StudyProtocol
     from fusion.federation.consortium import Consortium
@@ -133,9 +133,7 @@ def federation(workspace: Workspace, protocol: StudyProtocol) -> Iterator[Federa
             f"{KITS}: found those of {consortium.study}, needed {protocol.study.name}'s"
         )
     home = workspace.root / COORDINATOR
-    log = AuditLog(
-        home / AUDIT / f"{protocol.study.name}.jsonl", party=COORDINATOR, key=identity(home)
-    )
+    log = AuditLog(home / LOG_FILE, party=COORDINATOR, key=identity(home))
     with FlareTransport(
         kits / "admin", kit, sites=tuple(sorted(consortium.sites)),
         timeout_s=protocol.federation.timeout_s,

@@ -13,7 +13,7 @@ from flows.protocol import load_protocol
 from flows.sealed import log_to, note
 from flows.site import load_encoders, load_inputs
 from flows.snapshots import record_run, released
-from fusion.audit import AuditLog
+from fusion.audit import LOG_FILE, AuditLog
 from fusion.federation import SiteStudy
 from fusion.federation.answered import AnswerLedger
 from fusion.federation.envelope import SiteDesk
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from fusion.privacy import MinimumCounts, Refusal
     from infra.settings import SiteSettings
 
-AUDIT = "audit"
 ANSWERED = "answered.jsonl"
 
 
@@ -162,8 +161,6 @@ def open_site(root: Path, site: str, consortium: Consortium) -> Callable[[bytes]
         permits=part.permits, cohort=part.cohort, open_study=part.open_study, on_error=note
     )
     key = identity(settings.home)
-    log = AuditLog(
-        settings.path(AUDIT, f"{protocol.study.name}.jsonl"), party=settings.name, key=key
-    )
+    log = AuditLog(settings.path(LOG_FILE), party=settings.name, key=key)
     desk = SiteDesk(gate.answer, site=settings.name, key=key, consortium=consortium, log=log)
     return desk.handle

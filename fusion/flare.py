@@ -206,9 +206,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         """Open the site's party when the job begins."""
         if event_type == EventType.START_RUN:
             try:
-                self._party = _open_party(
-                    Path(fl_ctx.get_engine().get_workspace().get_root_dir())
-                )
+                self._party = _open_party(Path(fl_ctx.get_engine().get_workspace().get_root_dir()))
             except Exception:  # noqa: BLE001  (text of an error must not leave the site)
                 self.log_exception(fl_ctx, "the site's party could not be opened")
 
@@ -360,8 +358,7 @@ class FlareTransport:
             except _FAULTS:
                 self._hang_up()
                 raise _lost(
-                    "the server's job process is gone; the run can be resumed with a "
-                    "new job"
+                    "the server's job process is gone; the run can be resumed with a new job"
                 ) from None
 
     def _ask_relay(
@@ -442,9 +439,7 @@ class FlareTransport:
         while waiting.is_alive() and time.monotonic() < deadline and self._job_may_run(session):
             waiting.join(1.0)
         if not found or not found[0].poll(max(0.0, deadline - time.monotonic())):
-            raise _lost(
-                "the job did not begin; see the log of the coordinator's kit"
-            )
+            raise _lost("the job did not begin; see the log of the coordinator's kit")
         _receive(found[0])
         return found[0]
 
@@ -496,14 +491,30 @@ class FlareTransport:
             self._claim = None
 
 
+def disable_site(kit_admin: Path, site: str) -> None:
+    """Let the server drop a site and turn it away from now on, restarts included.
+
+    Raises
+    ------
+    fusion.federation.transport.FederationLost
+        If the server cannot be reached or does not do it.
+    """
+    try:
+        session = _open_session(kit_admin.resolve())
+        try:
+            session.disable_client(site)
+        finally:
+            session.close()
+    except Exception as fault:
+        raise _lost(f"the server did not shut out {site}: {type(fault).__name__}") from fault
+
+
 def _open_session(kit: Path) -> Session:
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
     admin = json.loads((kit / "startup" / "fed_admin.json").read_text())["admin"]
     with redirect_stdout(StringIO()):  # it prints that it connects
-        return new_secure_session(
-            admin["username"], str(kit), timeout=5.0, auto_login_max_tries=1
-        )
+        return new_secure_session(admin["username"], str(kit), timeout=5.0, auto_login_max_tries=1)
 
 
 def _wait_for_sites(session: Session, sites: Sequence[str], deadline: float) -> list[str]:

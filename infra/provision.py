@@ -32,6 +32,14 @@ _HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
 _USER: Final = "study@consilium.local"
 _ORG: Final = "consilium"
 _ROLE: Final = "lead"
+# They say a dozen lines per message.
+_TALKATIVE: Final = (
+    "apis.impl.wf_comm_server",
+    "private.fed.client.client_runner",
+    "private.fed.client.communicator",
+    "private.fed.server.server_commands",
+    "private.fed.server.server_runner",
+)
 _LOG_BYTES: Final = 20 * 1024 * 1024
 
 
@@ -186,6 +194,32 @@ def set_home(kit: Path, home: Path) -> None:
     _write_json(kit / PARTY_FILE, {**read_party(kit), "home": str(home.resolve())})
 
 
+def revoke(kits: Path, site: str) -> Path:
+    """Count a site's key as revoked in the consortium of every kit below a folder; give one file.
+
+    Raises
+    ------
+    ProvisionError
+        If no kit lists the site.
+    """
+    files = sorted(kits.glob(f"*/{CONSORTIUM_FILE}"))
+    if not files:
+        raise ProvisionError("kits: found none in the folder, needed those of the study")
+    value = json.loads(files[0].read_text())
+    key = value["sites"].get(site)
+    if key is None:
+        raise ProvisionError(f"{site}: found no such site in {CONSORTIUM_FILE}")
+    keys = Keys(
+        value["coordinator"],
+        value["sites"],
+        quorum=value["quorum"],
+        revoked=tuple(sorted({*value["revoked"], key})),
+    )
+    for file in files:
+        _write(file, consortium_bytes(value["study"], keys).decode())
+    return files[0]
+
+
 def settle(kit: Path) -> None:
     """Set the paths that the engine wants whole, where the kit lies now.
 
@@ -258,9 +292,7 @@ def _run_engine(
     return found[-1]
 
 
-def _project(
-    study: str, sites: Sequence[str], server: Server, valid_days: int
-) -> dict[str, Any]:
+def _project(study: str, sites: Sequence[str], server: Server, valid_days: int) -> dict[str, Any]:
     builders = "nvflare.lighter.impl"
     return {
         "api_version": 3,
@@ -373,7 +405,10 @@ def _log_config() -> dict[str, Any]:
                 "backupCount": 5,
             }
         },
-        "loggers": {"root": {"level": "INFO", "handlers": ["file"]}},
+        "loggers": {
+            "root": {"level": "INFO", "handlers": ["file"]},
+            **{f"nvflare.{name}": {"level": "WARNING"} for name in _TALKATIVE},
+        },
     }
 
 

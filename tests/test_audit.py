@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from flows.audit_cli import audit_app
-from flows.cli import UsageError
+from flows.terminal import UsageError
 from fusion.audit import (
     HEAD_SEEN,
     LOG_FILE,

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 SMALL = Effort(n_models=16)
 FULL = Effort(n_models=MIN_MODELS)
 LINEAR = EncoderSpec(ridge=0.1)
-OVERFITTED = EncoderSpec(model="mlp", ridge=0.001, dropout=0.0, weight_decay=0.0, hidden=64)
+OVERFITTED = EncoderSpec(model="mlp", ridge=0.001, dropout=0.0, weight_decay=0.0, hidden=16)
 
 
 def table(n: int, n_inputs: int, seed: int = 3) -> tuple[Floats, NDArray[np.bool_], Floats]:
@@ -75,8 +75,8 @@ def noise_pairs(seed: int, pairs: int = 16, n: int = 30) -> ModelPairs:
 @pytest.mark.border
 def test_an_overfitted_encoder_fails() -> None:
     values, event, time = table(100, 50)
-    fit = encoder_fit(values, event, time, OVERFITTED, n_steps=150, seed=0)
-    result = audit(fit, event, time, name="mlp", seed=1, effort=SMALL)
+    fit = encoder_fit(values, event, time, OVERFITTED, n_steps=80, seed=0)
+    result = audit(fit, event, time, name="mlp", seed=1, effort=Effort(n_models=8))
     assert result.auc_low > 0.75 > MAX_AUC
     assert result.tpr_low > 0.10
     assert not result.passes
@@ -203,14 +203,14 @@ def test_the_attack_is_no_better_than_chance_on_noise_however_few_models() -> No
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     _, event, time = table(30, 3)
     held = np.zeros(3)
-    for seed in range(60):
+    for seed in range(40):
         found = summarise(noise_pairs(seed), event, time, name="noise", seed=seed)
         held += [
             found.auc_low <= 0.5 <= found.auc_high,
             found.tpr_low <= 0.05 <= found.tpr_high,
             found.loss_auc_low <= 0.5 <= found.loss_auc_high,
         ]
-    assert (held >= 0.9 * 60).all()
+    assert (held >= 0.9 * 40).all()
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4))
@@ -229,7 +229,7 @@ def test_the_curve_is_that_of_scikit_learn(seed: int, digits: int) -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_constants_order_and_names_of_halves_change_nothing(seed: int) -> None:
     rng = np.random.default_rng(seed)
     pairs = noise_pairs(seed)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 Reply = TypeVar("Reply")
+Added = m.AskMoments | m.AskProducts | m.AskSums | m.AskUpdates | m.AskIntervals | m.AskPrivateSteps
 
 
 class QuorumNotMet(RuntimeError):
@@ -180,7 +181,7 @@ class Conversation:
         )
         return replies
 
-    def collect(self, request: m.Message, expected: type[Reply], *, stage: str) -> dict[str, Reply]:
+    def collect(self, request: Added, expected: type[Reply], *, stage: str) -> dict[str, Reply]:
         """Ask every training site for sums that are to be added up.
 
         Returns
@@ -200,20 +201,18 @@ class Conversation:
             return replies
         return self._total(request, expected, stage=stage)
 
-    def collect_all(
-        self, request: m.Message, expected: type[Reply], *, stage: str
-    ) -> dict[str, Reply]:
+    def collect_all(self, request: Added, expected: type[Reply], *, stage: str) -> dict[str, Reply]:
         """Collect sums that hold whoever is left: where sites leave, ask the others again."""
         while not (replies := self.collect(request, expected, stage=stage)):
-            request = replace(request, round=self.number)  # type: ignore[call-arg]
+            request = replace(request, round=self.number)
         return replies
 
-    def _total(self, request: m.Message, expected: type[Reply], *, stage: str) -> dict[str, Reply]:
+    def _total(self, request: Added, expected: type[Reply], *, stage: str) -> dict[str, Reply]:
         roster = self.roster
         for _ in range(2):  # a reply that was lost is asked for once more, under new keys
             if not self._agree_on_keys():
                 return {}
-            asked = replace(request, round=self.number)  # type: ignore[call-arg]
+            asked = replace(request, round=self.number)
             masked = self.ask(asked, m.Masked, roster, stage=stage, forgiving=True)
             if set(masked) == set(roster):
                 return {CONSORTIUM: self._unmasked(asked, expected, masked)}

@@ -1,0 +1,96 @@
+"""What commands share: where they print, how they refuse, how they find a folder's study."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from infra.settings import Workspace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from flows.protocol import StudyProtocol
+    from flows.summary import Run
+
+OUT = Console()
+ERR = Console(stderr=True)
+
+Root = Annotated[Path, typer.Option("--root", help="Folder with study.toml and the site or sites.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Site = Annotated[str | None, typer.Argument(help="Site; may be left out if there is one.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+
+
+class UsageError(ValueError):
+    """A command that cannot be carried out as typed."""
+
+
+def opened(root: Path) -> tuple[Workspace, StudyProtocol]:
+    """Open the study of a folder, which flows then find by name."""
+    from flows.protocol import load_protocol
+
+    os.environ["CONSILIUM_ROOT"] = str(root.resolve())
+    workspace = Workspace()
+    return workspace, load_protocol(workspace.study_file)
+
+
+def only_site(workspace: Workspace, site: str | None) -> str:
+    """Name of the site that is meant: the one named, or the only one."""
+    names = workspace.site_names()
+    if site is None and len(names) != 1:
+        raise UsageError(f"site: found {len(names)} ({', '.join(names) or 'none'}), name one")
+    return site or names[0]
+
+
+def write_new(path: Path, text: str, *, force: bool, private: bool = False) -> None:
+    """Write a file that is not there yet, or may be replaced."""
+    from modalities.files import replacing
+
+    if path.exists() and not force:
+        raise UsageError(f"{path.name}: found one already; use --force to replace it")
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.chmod(0o600 if private else 0o644)
+    say(f"wrote {path}")
+
+
+@contextmanager
+def serving(root: Path, *, as_json: bool = False) -> Iterator[Run]:
+    """Start Prefect's server before anything slow is imported: it boots while we work."""
+    from flows.services import prefect_server
+    from flows.summary import Run, Stopwatch
+
+    watch = Stopwatch()
+    with prefect_server(root / "prefect") as server:
+        yield Run(server, watch, silent if as_json else say)
+
+
+def connected(root: Path, run: Run) -> None:
+    """Point flows at a folder and its server, and wait for that."""
+    from flows.demo import connect
+
+    connect(run.server, root)
+    run.server.wait_ready()
+
+
+def say(text: str) -> None:
+    """Print one line as it is."""
+    OUT.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def silent(text: str) -> None:
+    """Print nothing, where the output is for a program."""
+    del text
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON value and nothing else."""
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
