@@ -124,6 +124,7 @@ class Party:
 
     def _run_once(self, stop: threading.Event) -> int:
         engine_log = self._kit / _ENGINE_LOG
+        engine_log.touch(mode=0o600)
         with engine_log.open("ab") as output:
             service = subprocess.Popen(
                 _command(self._kit, self._name),
@@ -250,7 +251,7 @@ def run_party(kit: Path, *, say: Callable[[str], None], site_home: Path | None =
 
 @contextmanager
 def start_parties(
-    kits: Mapping[str, Path] | Sequence[Path], *, logs: Path, timeout_s: float = 90.0
+    kits: Mapping[str, Path], *, logs: Path, timeout_s: float = 90.0
 ) -> Iterator[dict[str, int]]:
     """Run the coordinator and the sites of a simulated consortium as processes of their own.
 
@@ -260,7 +261,7 @@ def start_parties(
     Parameters
     ----------
     kits
-        Start-up kits; the admin's is passed over.
+        Start-up kit per party, as provisioned; the admin's is passed over.
     logs
         Folder for one log per party.
 
@@ -274,14 +275,11 @@ def start_parties(
     PartyFailed
         If a party is not connected in time.
     """
-    folders = list(kits.values()) if isinstance(kits, dict) else list(kits)  # type: ignore[arg-type]
-    names = {str(read_party(Path(kit))["name"]): Path(kit) for kit in folders}
-    names.pop(ADMIN, None)
     logs.mkdir(parents=True, exist_ok=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
     try:
-        for name, kit in names.items():
-            running[name] = _start_process(kit, logs / f"{name}.log")
+        for name in kits.keys() - {ADMIN}:
+            running[name] = _start_process(kits[name], logs / f"{name}.log")
         _wait_until_connected(running, logs, time.monotonic() + timeout_s)
         yield {name: process.pid for name, process in running.items()}
     finally:

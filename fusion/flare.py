@@ -28,7 +28,10 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.impl.controller import Controller
+from nvflare.apis.job_launcher_spec import JobReturnCode
 from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.app_common.job_launcher.client_process_launcher import ClientProcessJobLauncher
+from nvflare.app_common.job_launcher.process_launcher import ProcessHandle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -57,6 +60,7 @@ _LARGEST_HEADER: Final = 256 * 1024
 _POLL_S: Final = 0.02
 _GRACE_S: Final = 30.0
 _END_S: Final = 5.0
+_GONE_S: Final = 5.0
 _ENDED: Final = ("FINISHED", "FAILED")
 _FAULTS: Final = (OSError, EOFError, AuthenticationError, ValueError, KeyError, TypeError)
 
@@ -160,7 +164,11 @@ class CoordinatorRelay(Controller):  # type: ignore[misc]
         self, request: Mapping[str, Any], payload: bytes, stop: Callable[[], bool]
     ) -> dict[str, bytes]:
         """Let these sites answer; one that does not within the time is absent."""
-        targets = [name for name in self._connected() if name in request["sites"]]
+        targets = [
+            name
+            for name in self._connected()
+            if name in request["sites"] and not self.get_client_disconnect_time(name)
+        ]
         waited, replies, arrived = set(targets), dict[str, bytes](), threading.Event()
 
         def keep(client_task: ClientTask, fl_ctx: FLContext) -> None:
@@ -193,6 +201,23 @@ class CoordinatorRelay(Controller):  # type: ignore[misc]
             gone = [self.get_client_disconnect_time(name) for name in tuple(waited)]
             if stop() or (gone and all(gone)):
                 return
+
+
+class SiteJobLauncher(ClientProcessJobLauncher):  # type: ignore[misc]
+    """Starts a site's job process, whose death leaves the others' job alone.
+
+    The engine would end the whole job with it; here the site is absent and the quorum decides.
+    """
+
+    def launch_job(self, job_meta: dict[str, Any], fl_ctx: FLContext) -> ProcessHandle:
+        """Start the process."""
+        return _SiteProcess(process_adapter=super().launch_job(job_meta, fl_ctx).adapter)
+
+
+class _SiteProcess(ProcessHandle):  # type: ignore[misc]
+    def poll(self) -> int:
+        code: int = super().poll()
+        return JobReturnCode.UNKNOWN if code == JobReturnCode.EXECUTION_ERROR else code
 
 
 class SiteExecutor(Executor):  # type: ignore[misc]
@@ -378,7 +403,9 @@ class FlareTransport:
         return {site: relay.recv_bytes(LARGEST_PAYLOAD) for site in header["sites"]}
 
     def _claim_kit(self) -> None:
-        claim = (self._kit / "study.lock").open("w")
+        lock = self._kit / "study.lock"
+        lock.touch(mode=0o600)
+        claim = lock.open("w")
         try:
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -552,6 +579,7 @@ def _write_job(folder: Path, relay: str, sites: Sequence[str]) -> None:
     server = {
         "format_version": 2,
         "server": {"task_request_interval": _POLL_S},
+        "dead_client_grace_period": _GONE_S,
         "workflows": [
             {
                 "id": "relay",

@@ -246,7 +246,7 @@ def summarise(
     """
     expected = expected_events(pairs.log_hazard, event, time)
     pull = np.asarray(event - expected.mean(axis=(0, 1)))
-    members, others = pairs.split(pairs.log_hazard)
+    members, others = pairs.split(_standardised(pairs.log_hazard))
     found = attack_curve(*likelihood_ratios(members, others, pull), seed)
     # Half the squared deviance residual, Therneau, Grambsch and Fleming 1990.
     loss = expected - event - np.log(np.where(event, expected, 1.0))

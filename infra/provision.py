@@ -26,6 +26,7 @@ AUTHORITY: Final = "authority"
 CONSORTIUM_FILE: Final = "consortium.json"
 PARTY_FILE: Final = "party.json"
 CLASSES: Final = ("fusion.flare.CoordinatorRelay", "fusion.flare.SiteExecutor")
+LAUNCHER: Final = "fusion.flare.SiteJobLauncher"
 _RESERVED: Final = {COORDINATOR, ADMIN, AUTHORITY, "server", "relay"}
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,39}")
 _HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
@@ -355,6 +356,8 @@ def _resources(resources: dict[str, Any], *, server: bool) -> dict[str, Any]:
                 "max_jobs": 1, "min_schedule_interval": 1.0, "max_schedule_interval": 5.0,
                 "max_schedule_count": 100,
             }  # fmt: skip
+        if component["id"] == "process_launcher" and not server:
+            component["path"] = LAUNCHER
     narrowed = {
         **resources,
         "class_list_enforcement_mode": "enforce",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fusion import messages as m
     from fusion.evaluation import Estimate, PairCounts
     from fusion.federation.plan import FederationPlan
+    from fusion.newton import LikelihoodSums, NewtonFit
 
 Alarm = Literal["worse_than_own", "below_chance", "unlike_the_others"]
 
@@ -83,6 +84,47 @@ def site_alarms(
         ]
         found += [SiteAlarm(site, reason, z) for reason, z, least in tested if z < least]
     return tuple(found)
+
+
+def slope_alarms(
+    fit: NewtonFit, by_site: Mapping[str, LikelihoodSums], *, first: int = 0
+) -> tuple[SiteAlarm, ...]:
+    r"""Alarms from the training sums of each site; in plain mode only, since a total has no sites.
+
+    Asks of each site whether its patients' risks vary as the others' model says: whether the
+    calibration slope there is 1. With :math:`g` and :math:`I` the site's sums at the solution and
+    :math:`H` the others' penalised information, one Newton step back gives the others' solution
+    :math:`b - H^{-1}g`, and another from there the site's slope along it.
+
+    Parameters
+    ----------
+    fit
+        Converged, without L1.
+    by_site
+        Sums of each site at its coefficients.
+    first
+        Coefficients before those of the inputs, which are a site's own matter.
+    """
+    behind = {s: x for s, x in by_site.items() if x.n_events > 0}
+    if len(behind) < 2:
+        return ()
+    z = {site: _slope_z(fit, behind, site, first) for site in behind}
+    return tuple(SiteAlarm(s, "unlike_the_others", x) for s, x in z.items() if x < -_STANDS_OUT)
+
+
+def _slope_z(fit: NewtonFit, behind: Mapping[str, LikelihoodSums], site: str, first: int) -> float:
+    here = behind[site]
+    everyone = sum(x.n_patients for x in behind.values())
+    others = np.diag(np.full(fit.n_inputs, 1e-9) + everyone * np.asarray(fit.ridge))
+    for other, sums in behind.items():
+        others = others + (sums.information if other != site else 0.0)
+    inverse = np.linalg.pinv(others)
+    without = fit.candidate - inverse @ here.gradient
+    gradient = here.gradient + here.information @ inverse @ here.gradient
+    along = np.where(np.arange(fit.n_inputs) < first, 0.0, without)
+    pulled = here.information @ along
+    variance = float(along @ pulled + pulled @ inverse @ pulled)
+    return float(along @ gradient) / float(np.sqrt(variance)) if variance > 0 else 0.0
 
 
 def _pairs_of(evaluation: m.Evaluation) -> PairCounts:
