@@ -1,7 +1,7 @@
 """What encoders and the fusion model tell of who was trained on, by kind and number of patients.
 
-Prints one JSON object. Simulated rows: ten columns of which four matter, or bags of about ten tiles;
-hyperparameters are the defaults of a study, chosen on all rows as a site chooses them.
+Prints one JSON object. Rows are simulated: ten columns of which four matter, or bags of about ten
+tiles. Hyperparameters are a study's defaults, chosen on all rows as a site chooses them.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Patients:
 
 
 def figures(patients: Patients, effort: Effort, seed: int) -> dict[str, Any]:
-    """Result of each audit, with the seconds that it took."""
+    """Audit each kind of model, and count the seconds that it takes."""
     targets = {
         **{f"{model}, local": patients.local(model, seed) for model in SPECS},
         **{f"{model}, weights": patients.shared(model, seed) for model in SPECS},
@@ -121,7 +121,7 @@ def main() -> None:
             n: figures(Patients(int(n), given.seed), Effort(given.models), given.seed)
             for n in given.patients.split(",")
         }
-    print(json.dumps(by_patients, indent=1))  # noqa: T201
+    print(json.dumps(by_patients, indent=1))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, Protocol
 
 from flows.federated import Federation, FederationRefused, federation
 from flows.gate import own_limits
@@ -200,16 +200,22 @@ class OverEngine:
 
 @contextmanager
 def linked(
-    federation_kind: Literal["memory", "flare"],
+    kind: str,
     workspace: Workspace,
     protocol: StudyProtocol,
     sites: tuple[str, ...],
 ) -> Iterator[Link]:
-    """Reach the sites of a run in the way that is asked for."""
-    context: Any = nullcontext() if federation_kind == "memory" else federation(workspace, protocol)
-    with context as engine:
-        yield (
-            InMemory(workspace, protocol, sites)
-            if federation_kind == "memory"
-            else OverEngine(engine, workspace, protocol)
-        )
+    """Reach the sites of a run in the way that is asked for.
+
+    Raises
+    ------
+    FederationRefused
+        If there is no such way.
+    """
+    if kind == "memory":
+        yield InMemory(workspace, protocol, sites)
+    elif kind == "flare":
+        with federation(workspace, protocol) as engine:
+            yield OverEngine(engine, workspace, protocol)
+    else:
+        raise FederationRefused(f"federation: found {kind!r}, needed memory or flare")

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
@@ -150,9 +150,7 @@ def report_study(record: StudyRecord, folder: Path) -> Path:
 
 @flow(name="run-study", flow_run_name="study-{study}", persist_result=False, log_prints=False)
 @sealed
-def run_study(
-    study: str, sites: list[str], federation: Literal["memory", "flare"] = "memory"
-) -> StudyOutcome:
+def run_study(study: str, sites: list[str], federation: str = "memory") -> StudyOutcome:
     """Fit, evaluate and register one study over sites whose cohorts are prepared and trained.
 
     Parameters
@@ -162,7 +160,7 @@ def run_study(
     sites
         Opaque names of the sites that take part; those of the consortium's kits over ``flare``.
     federation
-        Whether all sites are in this process, or reached over the federation engine.
+        ``memory``: all sites are in this process; ``flare``: they are reached over the engine.
     """
     workspace = Workspace()
     log_to(workspace.root)

@@ -555,17 +555,22 @@ def _wait_for_sites(session: Session, sites: Sequence[str], deadline: float) -> 
 
 
 def _clear(session: Session) -> None:
-    """Wait until earlier jobs have ended; abort those that do not by themselves."""
-    begun, aborted = time.monotonic(), set[str]()
-    while time.monotonic() - begun < _GRACE_S:
-        jobs = session.list_jobs()
-        running = {j["job_id"] for j in jobs if not str(j.get("status")).startswith(_ENDED)}
+    """Abort jobs that have not ended, and wait until they have."""
+    deadline, asked, gone = time.monotonic() + _GRACE_S, set[str](), set[str]()
+    while time.monotonic() < deadline:
+        running = {
+            job["job_id"]
+            for job in session.list_jobs()
+            if not str(job.get("status")).startswith(_ENDED)
+        } - gone
         if not running:
             return
-        if time.monotonic() - begun > _END_S:
-            for job in running - aborted:
+        for job in running - asked:
+            asked.add(job)
+            try:
                 session.abort_job(job)
-            aborted |= running
+            except Exception:  # noqa: BLE001  (a server that died lists jobs it no longer runs)
+                gone.add(job)
         time.sleep(0.3)
 
 

@@ -1,20 +1,31 @@
-"""Pairwise masks: a coordinator adds what sites send, and learns nothing but the total.
+"""Pairwise masks: the coordinator learns the sites' total and nothing about any one of them.
 
-Every two sites agree on a key; in each round the one adds a stream of it to its values and the
-other subtracts the same stream, so that all masks cancel in the sum over the whole roster and in
-no smaller one. No party ever reveals a key or a seed: when a site is lost the attempt is abandoned,
-and another begins with new keys. Whoever could call a site both alive and lost, and be handed the
-seeds of the one and the keys of the other, would unmask it; here there is nothing to hand out. All
-other sites together with the coordinator do learn a site's values.
+Every two sites of a run agree on a key; from it both draw the same words, which one adds to its
+values and the other subtracts. What a single site sends is uniform noise; in the total all masks
+cancel. There is no dropout recovery: no message in which a site reveals a key, so a coordinator
+that claims a site dropped while holding its masked values can ask nobody for what would unmask
+them. When a site drops out, the attempt is abandoned and another starts with fresh keys.
 
-Values are in fixed point modulo 2**128, in two 64-bit words with steps of 2**-64. One word with
-steps of 2**-32 holds ten digits either side of the point: sums of squares of volumes do not fit,
-and those of millimolar values lose all their digits.
+Values are fixed-point numbers of two 64-bit words, modulo 2^128 with a resolution of 2^-64. One
+word would have to choose: raw second moments of laboratory values reach 1e12 and more, sums of
+small features 1e-6, and both must keep eight digits in one vector. Carries pass from the low word
+to the high one; words masked apart would tell how many carries the total holds.
+
+Not covered: all other sites and the coordinator together learn the rest, by subtraction; so does
+whoever sees totals of the same values over two rosters; a total is exact and may tell about
+patients by itself; a site that lies about its values spoils the total unnoticed here.
+
+References
+----------
+Bonawitz et al. (2017), Practical secure aggregation for privacy-preserving machine learning, CCS;
+the masks of its section 4.1, without secret sharing. X25519: RFC 7748, HKDF: RFC 5869,
+ChaCha20: RFC 8439.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import numpy as np
@@ -22,41 +33,52 @@ import numpy as np
 from fusion.keys import Agreement, KeyFault, canonical_json, expand, key_stream, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from fusion.keys import SigningKey
     from fusion.privacy import Refusal
 
-    Floats = NDArray[np.float64]
     Words = NDArray[np.uint64]
 
-_STEPS: Final = 2.0**64
-# The total of a roster stays within what 2**128 can tell apart from its negative.
-_LARGEST_TOTAL: Final = 2.0**62
+# With two sites, each would know the other's values from the total.
+MINIMUM_ROSTER: Final = 3
+# Totals stay below it in size: a quarter of what 64 signed bits hold, so sums cannot wrap.
+LIMIT: Final = 2.0**62
+_FRACTION_BITS: Final = 64
+# Values that are masked at a time; their words, and those of one stream, fit into the cache.
+_BLOCK: Final = 1 << 14
 
 
 class MaskRefused(ValueError):
-    """A mask that would hide too little, or serve twice; ``code`` is what may be told of it."""
+    """What a site does not mask, or a coordinator cannot unmask.
 
-    def __init__(self, code: Refusal, sentence: str) -> None:
-        super().__init__(f"secure sum: {sentence}")
-        self.code: Refusal = code
+    Parameters
+    ----------
+    code
+        The refusal that may leave the site; the text stays.
+    """
+
+    def __init__(self, code: Refusal, text: str) -> None:
+        super().__init__(f"secure sum: {text}")
+        self.code = code
 
 
 @dataclass(frozen=True)
 class MaskContext:
-    """What the keys of one attempt at a run are bound to; the roster's order does not matter.
+    """What the keys of one attempt are bound to; the roster is kept in order of its names.
 
-    Parameters
+    Attributes
     ----------
-    study, protocol, run
-        Name of the study, fingerprint of its protocol, name of the run.
+    protocol
+        Its fingerprint.
+    run
+        Identifier of the run.
     attempt
-        From 1; another whenever masks no longer cancel.
+        Counts up within the run, each time with new keys.
     roster
-        Names of all sites whose values are added.
+        Every site that is in the sum.
     """
 
     study: str
@@ -65,31 +87,33 @@ class MaskContext:
     attempt: int
     roster: tuple[str, ...]
 
-    def bound(self, *more: object) -> bytes:
-        """Canonical JSON of the context and what else belongs to it."""
-        values = [self.study, self.protocol, self.run, self.attempt, sorted(self.roster), *more]
-        return canonical_json(values)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "roster", tuple(sorted(self.roster)))
 
 
 class Masker:
-    """A site's end of one attempt: an ephemeral key, and masks that serve once each.
+    """A site's end of the masks of one attempt.
+
+    Its ephemeral key exists in memory only and goes once the sites agreed: the object can be
+    neither pickled nor copied.
 
     Parameters
     ----------
     site
-        This site's name.
+        This site's name, one of the roster.
     key
-        Its signing key, which vouches for the ephemeral one.
+        Its own signing key.
     trusted
-        Public signing key of every site of the consortium, from the site's own file.
+        Public signing key of every site, 64 hex digits each, from the site's own files.
     minimum_roster
-        Sites below which it hides nothing; the site's own demand, never a message's.
+        Sites below which this one masks nothing; the site's own, never from a message, and no
+        less than 3.
 
     Raises
     ------
     MaskRefused
-        ``roster_too_small``; ``roster_changed`` if this site is not in the roster or a name is
-        there twice; ``bad_key`` if a site of it is unknown.
+        If the roster is too small, names a site twice or leaves this one out, or a member has no
+        trusted key of its own.
     """
 
     def __init__(
@@ -99,143 +123,238 @@ class Masker:
         site: str,
         key: SigningKey,
         trusted: Mapping[str, str],
-        minimum_roster: int = 3,
+        minimum_roster: int = MINIMUM_ROSTER,
     ) -> None:
-        roster = set(context.roster)
-        if len(roster) < minimum_roster:
-            raise MaskRefused(
-                "roster_too_small", f"found {len(roster)} sites, needed {minimum_roster}"
-            )
-        if site not in roster or len(roster) < len(context.roster):
-            raise MaskRefused("roster_changed", "needed each site once, this one among them")
-        if not roster <= set(trusted):
-            raise MaskRefused("bad_key", "found a site whose key is not known here")
-        self._context, self._site, self._key = context, site, key
-        self._trusted = {name: trusted[name] for name in roster}
-        self._own = Agreement()
-        self._pairs: dict[str, bytes] | None = None
-        self._round = 0
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("secure sum: a masker's keys are never copied or written")
-
-    def __repr__(self) -> str:
-        return f"Masker(site={self._site!r}, attempt={self._context.attempt})"
+        _check_roster(context.roster, site, needed=max(minimum_roster, MINIMUM_ROSTER))
+        self._trusted = _trusted_keys(context.roster, trusted)
+        if self._trusted[site] != key.public:
+            raise MaskRefused("bad_key", "found another key of this site than the trusted one")
+        self._context, self._site = context, site
+        self._agreement: Agreement | None = Agreement()
+        self._public = self._agreement.public
+        self._signature = key.sign(_statement(context, site, self._public))
+        self._pair_keys: dict[str, bytes] = {}
+        self._last_round = -1
+        self._spending = threading.Lock()
 
     @property
     def certificate(self) -> tuple[bytes, bytes]:
-        """32-byte ephemeral public key, and the 64-byte signature that makes it this site's."""
-        public = self._own.public
-        return public, self._key.sign(self._certified(self._site, public))
-
-    def _certified(self, site: str, public: bytes) -> bytes:
-        return self._context.bound("certificate", site, public.hex())
+        """32 bytes of public X25519 key, 64 of Ed25519 signature over it and the context."""
+        return self._public, self._signature
 
     def agree(self, publics: Mapping[str, bytes], signatures: Mapping[str, bytes]) -> None:
-        """Check every site's certificate, and agree with each other site on a key; once only.
+        """Check every site's certificate and agree with each peer on a key, once.
+
+        Parameters
+        ----------
+        publics, signatures
+            Per site of the roster, this one included, the halves of its certificate.
 
         Raises
         ------
         MaskRefused
-            ``roster_changed`` if not exactly the roster's keys are there; ``bad_key`` if a
-            signature is not its site's for this very attempt, or nobody can agree with a key;
-            ``mask_spent`` the second time.
+            If keys were agreed on before, the sites are not exactly the roster, or a certificate
+            is not of that site in this attempt.
         """
-        if self._pairs is not None:
-            raise MaskRefused("mask_spent", "found keys once more, needed a new attempt")
-        if not set(publics) == set(signatures) == set(self._trusted):
-            raise MaskRefused("roster_changed", "needed the keys of exactly the roster's sites")
-        for site, public in publics.items():
-            signed = self._certified(site, public)
-            if not verify(self._trusted[site], signatures[site], signed):
-                raise MaskRefused("bad_key", "found a key that its site did not sign for this")
-        if publics[self._site] != self._own.public:
-            raise MaskRefused("bad_key", "found another key in this site's own name")
-        self._pairs = {s: self._shared(s, public) for s, public in publics.items()
-                       if s != self._site}  # fmt: skip
+        if self._agreement is None:
+            raise MaskRefused("mask_spent", "found keys for an attempt that has them already")
+        if not set(publics) == set(signatures) == set(self._context.roster):
+            raise MaskRefused("roster_changed", "found keys of other sites than the roster's")
+        for site, trusted in self._trusted.items():
+            stated = _statement(self._context, site, publics[site])
+            if not verify(trusted, signatures[site], stated):
+                raise MaskRefused("bad_key", f"found a key that {site} did not sign for this run")
+        if publics[self._site] != self._public:
+            raise MaskRefused("bad_key", "found an earlier key of this site")
+        self._pair_keys = self._agreed(self._agreement, publics)
+        self._agreement = None
 
-    def _shared(self, peer: str, public: bytes) -> bytes:
-        info = self._context.bound("pair", *sorted((self._site, peer)))
+    def _agreed(self, agreement: Agreement, publics: Mapping[str, bytes]) -> dict[str, bytes]:
+        peers = [site for site in self._context.roster if site != self._site]
         try:
-            return self._own.shared_key(public, info=info)
+            return {
+                peer: agreement.shared_key(publics[peer], info=self._pair_info(peer, publics))
+                for peer in peers
+            }
         except KeyFault:
             raise MaskRefused("bad_key", "found a key that agrees with everybody") from None
 
-    def mask(self, values: Floats, *, round: int, label: str = "") -> Words:
-        """Hide values behind this round's masks.
+    def _pair_info(self, peer: str, publics: Mapping[str, bytes]) -> bytes:
+        """Bind a pair's key to the attempt, both public keys and who of the two adds."""
+        adds, subtracts = sorted((self._site, peer))
+        return canonical_json(
+            {
+                "kind": "mask_pair",
+                **asdict(self._context),
+                "adds": [adds, publics[adds].hex()],
+                "subtracts": [subtracts, publics[subtracts].hex()],
+            }
+        )
+
+    def mask(self, values: NDArray[np.float64], *, round: int, label: str = "") -> Words:
+        """Hide one round's values; a round that was masked, or an earlier one, never is again.
 
         Parameters
         ----------
         values
-            (n,) this site's.
+            (n,) finite, each times the number of sites below 2^62 in size.
         round
-            Above that of every earlier call.
+            From 0, higher than any before.
         label
-            What is summed; binds the masks.
+            What the values are; masks of different labels do not cancel.
 
         Returns
         -------
         numpy.ndarray
-            (n, 2) words, the high one first; uniform to whoever lacks the keys.
+            (n, 2) high and low word of each value, uniform to whoever lacks the keys.
 
         Raises
         ------
         MaskRefused
-            ``bad_key`` before keys are agreed on, ``mask_spent`` for a round that is not new,
-            ``overflow`` for a value that is not finite or too large; nothing is spent then.
+            If no keys were agreed on, a value is too large or not finite, or the round is spent;
+            the first two spend nothing.
         """
-        if self._pairs is None:
-            raise MaskRefused("bad_key", "needed keys to be agreed on first")
-        if round <= self._round:
-            raise MaskRefused("mask_spent", f"found round {round}, needed above {self._round}")
-        high, low = _fixed_point(values, n_sites=len(self._trusted))
-        self._round = round
-        for peer, key in sorted(self._pairs.items()):
-            n = len(low)
-            stream = key_stream(expand(key, info=canonical_json([round, label])), 2 * n)
-            if self._site < peer:
-                _add(high, low, stream[:n], stream[n:])
-            else:
-                _subtract(high, low, stream[:n], stream[n:])
-        return np.column_stack([high, low])
+        if not self._pair_keys:
+            raise MaskRefused("bad_key", "found no keys, needed those of every site")
+        checked = self._checked(values)
+        self._spend(round)
+        words = np.empty((checked.size, 2), dtype=np.uint64)
+        for number, block in enumerate(_blocks(checked.size)):
+            info = canonical_json({"round": round, "label": label, "block": number})
+            high, low = _encoded(checked[block])
+            for peer, key in self._pair_keys.items():
+                stream = key_stream(expand(key, info=info), 2 * high.size)
+                combine = _add if self._site < peer else _subtract
+                combine(high, low, stream[: high.size], stream[high.size :])
+            words[block, 0], words[block, 1] = high, low
+        return words
+
+    def _checked(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        found = np.asarray(values, dtype=np.float64)
+        if found.ndim != 1:
+            raise ValueError(f"secure sum: found values of shape {found.shape}, needed (n,)")
+        largest = max(float(found.max(initial=0.0)), -float(found.min(initial=0.0)))
+        if not largest * len(self._context.roster) < LIMIT:  # neither is NaN below anything
+            raise MaskRefused("overflow", "found a value that is not finite or too large to add up")
+        return found
+
+    def _spend(self, round: int) -> None:
+        with self._spending:
+            if round <= self._last_round:
+                raise MaskRefused(
+                    "mask_spent",
+                    f"found round {round}, needed one after {self._last_round}: start an attempt",
+                )
+            self._last_round = round
+
+    def __repr__(self) -> str:
+        return f"Masker({self._context.run!r}, attempt={self._context.attempt}, {self._site!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("a masker cannot be pickled or copied: its key stays where it was made")
 
 
-def unmask(masked: Mapping[str, Words], *, roster: Sequence[str]) -> Floats:
-    """(n,) sums over the roster of what its sites masked in one round.
+def unmask(masked: Mapping[str, Words], *, roster: Sequence[str]) -> NDArray[np.float64]:
+    """Add up what every site of the roster masked in one round.
+
+    Parameters
+    ----------
+    masked
+        Per site (n, 2) words of :meth:`Masker.mask`.
+
+    Returns
+    -------
+    numpy.ndarray
+        (n,) totals, each to about 5e-20 per site and the 16 digits of a float.
 
     Raises
     ------
     MaskRefused
-        ``roster_changed`` if not every site of the roster is there, or shapes differ.
+        If a site is missing, too many or named twice, or the masks do not cancel: they are of
+        different rounds, labels or attempts.
+    ValueError
+        If the words have not all the same shape.
     """
-    if set(masked) != set(roster) or len({words.shape for words in masked.values()}) != 1:
-        raise MaskRefused("roster_changed", "needed one masked vector of every site, all alike")
-    first, *others = masked.values()
-    high, low = first[:, 0].copy(), first[:, 1].copy()
-    for words in others:
-        _add(high, low, words[:, 0], words[:, 1])
-    return np.asarray(high.view(np.int64).astype(np.float64) + low.astype(np.float64) / _STEPS)
+    if set(masked) != set(roster) or len(set(roster)) != len(roster):
+        raise MaskRefused("roster_changed", "found words of other sites than the roster's")
+    all_words = list(masked.values())
+    if len({x.shape for x in all_words}) != 1 or any(not _are_words(x) for x in all_words):
+        raise ValueError("secure sum: found words of other shapes, needed (n, 2) from every site")
+    totals = np.empty(len(all_words[0]), dtype=np.float64)
+    for block in _blocks(totals.size):
+        high, low = all_words[0][block].T.copy()
+        for words in all_words[1:]:
+            _add(high, low, words[block, 0], words[block, 1])
+        totals[block] = _decoded(high, low)
+    if (np.abs(totals) >= LIMIT).any():
+        raise MaskRefused("bad_key", "found masks that do not cancel, needed those of one round")
+    return totals
 
 
-def _fixed_point(values: Floats, *, n_sites: int) -> tuple[Words, Words]:
-    """High and low words of (n,) values, modulo 2**128 with steps of 2**-64."""
-    values = np.asarray(values, dtype=np.float64)
-    if not np.isfinite(values).all() or (np.abs(values) * n_sites >= _LARGEST_TOTAL).any():
-        raise MaskRefused("overflow", "found a value that is not finite, or too large to add")
-    whole = np.floor(values)
-    part = values - whole
-    whole += part >= 1.0  # a tiny negative number less its floor rounds to one
-    part[part >= 1.0] = 0.0
-    return whole.astype(np.int64).view(np.uint64), (part * _STEPS).astype(np.uint64)
+def _are_words(found: Words) -> bool:
+    return found.dtype == np.uint64 and found.ndim == 2 and found.shape[1] == 2
 
 
-def _add(high: Words, low: Words, more_high: Any, more_low: Any) -> None:
-    low += more_low
-    high += more_high
-    high += low < more_low
+def _check_roster(roster: tuple[str, ...], site: str, *, needed: int) -> None:
+    if len(set(roster)) < needed:
+        raise MaskRefused("roster_too_small", f"found {len(set(roster))} sites, needed {needed}")
+    if len(set(roster)) < len(roster) or site not in roster:
+        raise MaskRefused("roster_changed", f"found a roster that does not hold {site} once")
 
 
-def _subtract(high: Words, low: Words, less_high: Any, less_low: Any) -> None:
-    high -= less_high
-    high -= low < less_low
-    low -= less_low
+def _trusted_keys(roster: tuple[str, ...], trusted: Mapping[str, str]) -> dict[str, str]:
+    """Keep the roster's keys; one party under two names would make a roster of three one of two."""
+    keys = {site: trusted[site] for site in roster if site in trusted}
+    if len(set(keys.values())) < len(roster):
+        raise MaskRefused("bad_key", "found a site without a trusted key that is its alone")
+    return keys
+
+
+def _statement(context: MaskContext, site: str, public: bytes) -> bytes:
+    """Write what a site signs; its kind keeps that from passing for anything else it signs."""
+    return canonical_json(
+        {"kind": "mask_key", **asdict(context), "site": site, "public": public.hex()}
+    )
+
+
+def _blocks(n: int) -> Iterator[slice]:
+    for start in range(0, n, _BLOCK):
+        yield slice(start, min(start + _BLOCK, n))
+
+
+def _encoded(values: NDArray[np.float64]) -> tuple[Words, Words]:
+    """High and low words in two's complement, cut off towards 0 at 2^-64.
+
+    The fraction of the magnitude is exact and at most 1 - 2^-53, so its word cannot round up to
+    2^64; from the floor of a small negative value it would lose all digits.
+    """
+    fraction, whole = np.modf(values)
+    high = whole.astype(np.int64).view(np.uint64)
+    low = np.ldexp(np.abs(fraction), _FRACTION_BITS).astype(np.uint64)
+    negative = fraction < 0
+    np.negative(low, out=low, where=negative)
+    negative &= low != 0
+    high -= negative
+    return high, low
+
+
+def _decoded(high: Words, low: Words) -> NDArray[np.float64]:
+    """Nearest floats, by magnitude: high and low word of a small negative total would cancel."""
+    negative = high >> np.uint64(63) != 0
+    np.negative(low, out=low, where=negative)
+    np.invert(high, out=high, where=negative)
+    high += negative & (low == 0)
+    size: NDArray[np.float64] = high + np.ldexp(low.astype(np.float64), -_FRACTION_BITS)
+    return np.negative(size, out=size, where=negative)
+
+
+def _add(high: Words, low: Words, other_high: Words, other_low: Words) -> None:
+    low += other_low
+    high += other_high
+    high += low < other_low  # the low word wrapped
+
+
+def _subtract(high: Words, low: Words, other_high: Words, other_low: Words) -> None:
+    high -= other_high
+    high -= low < other_low
+    low -= other_low

@@ -504,7 +504,7 @@ def test_a_reply_with_any_flipped_byte_is_refused(at: float, mask: int) -> None:
 
 @pytest.mark.border
 def test_a_reply_of_another_site_is_refused(federation: Federation) -> None:
-    other = federation.places["site-02"].desk
+    other = Site(None, "site-02").desk
     assert federation.code_of_first(
         lambda _: other.handle(federation.carried.sent[-1])
     ) == "unknown_sender"  # fmt: skip
