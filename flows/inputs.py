@@ -107,7 +107,8 @@ class LocalEncoder:
     Attributes
     ----------
     encoder
-        Refitted on all training patients; None where the modality was left out.
+        Refitted on all training patients; None where the modality was left out, or where only its
+        log hazards were read.
     log_hazard
         (n,) per patient who has the modality: out-of-fold on training rows, the refitted encoder's
         on test rows.
@@ -277,7 +278,7 @@ def site_rows(
         local={
             name: inputs.spread(name, found.log_hazard)
             for name, found in local.items()
-            if found.encoder is not None
+            if not found.reason
         },
         networks=shared_networks(inputs, protocol),
         subgroups={name: _cut(inputs, codes) for name, codes in inputs.subgroups.items()},

@@ -42,7 +42,7 @@ _RESTARTS_WITHIN_S: Final = 300.0
 _MILESTONES: Final = {
     COORDINATOR: (
         ("Server started", READY),
-        (" joined. Sent token", "a site connected"),
+        ("Client: New client ", "a site connected"),
         ("started to run, status changed to RUNNING", "job started"),
         ("Failed to run the Job", "job failed to start; see log.txt in the kit"),
     ),
@@ -173,14 +173,14 @@ class _Tail:
 
 
 def _command(kit: Path, name: str) -> list[str]:
+    module, settings, more = "client.client_train", "fed_client.json", [f"uid={name}"]
     if name == COORDINATOR:
         module, settings, more = "server.server_train", "fed_server.json", []
-    else:
-        module, settings, more = "client.client_train", "fed_client.json", [f"uid={name}"]
     return [
         *(sys.executable, "-W", "ignore", "-u", "-m", f"nvflare.private.fed.app.{module}"),
         *("-m", str(kit), "-s", settings),
-        *("--set", "secure_train=true", "org=consilium", "config_folder=config", *more),
+        *("--set", "secure_train=true", "org=consilium", "config_folder=config"),
+        *("heart_beat_interval=5", *more),
     ]
 
 

@@ -66,7 +66,7 @@ _FAULTS: Final = (OSError, EOFError, AuthenticationError, ValueError, KeyError, 
 
 
 def _lost(sentence: str) -> FederationLost:
-    from fusion.federation.transport import FederationLost  # not for the server's job: see above
+    from fusion.federation.transport import FederationLost  # as slow to import
 
     return FederationLost(f"federation: {sentence}")
 
@@ -100,7 +100,7 @@ def _shareable(payload: bytes) -> Shareable:
     return found
 
 
-class CoordinatorRelay(Controller):  # type: ignore[misc]
+class CoordinatorRelay(Controller):
     """Server's side of a job: hands requests of the study's process to sites, and replies back.
 
     It connects to the study's process at the address in a private file of the coordinator's kit,
@@ -203,7 +203,7 @@ class CoordinatorRelay(Controller):  # type: ignore[misc]
                 return
 
 
-class SiteJobLauncher(ClientProcessJobLauncher):  # type: ignore[misc]
+class SiteJobLauncher(ClientProcessJobLauncher):
     """Starts a site's job process, whose death leaves the others' job alone.
 
     The engine would end the whole job with it; here the site is absent and the quorum decides.
@@ -214,13 +214,13 @@ class SiteJobLauncher(ClientProcessJobLauncher):  # type: ignore[misc]
         return _SiteProcess(process_adapter=super().launch_job(job_meta, fl_ctx).adapter)
 
 
-class _SiteProcess(ProcessHandle):  # type: ignore[misc]
+class _SiteProcess(ProcessHandle):
     def poll(self) -> int:
         code: int = super().poll()
         return JobReturnCode.UNKNOWN if code == JobReturnCode.EXECUTION_ERROR else code
 
 
-class SiteExecutor(Executor):  # type: ignore[misc]
+class SiteExecutor(Executor):
     """Site's side of a job: one process over all rounds, which asks the site's own party."""
 
     def __init__(self) -> None:
@@ -284,8 +284,8 @@ class FlareTransport:
     timeout_s
         Longest wait for a site's answer.
     start_timeout_s
-        Longest wait for the server, for all sites to be connected and for the job to begin.
-        Sites that are not there by then are left out.
+        Longest wait for each of the server, all the sites, and the job. Sites that are not
+        connected by then are left out of the job.
     """
 
     def __init__(
@@ -359,14 +359,14 @@ class FlareTransport:
         Raises
         ------
         FederationLost
-            If the job is gone, or a site gave back something else.
+            If the job is gone, or no site gave back what it was sent.
         """
         sent = secrets.token_bytes(n_bytes)
         begun = time.perf_counter()
         found = self._exchange(ECHO, sent, sites)
         took = time.perf_counter() - begun
-        if any(found.get(site) != sent for site in sites):
-            raise _lost("an echo did not come back from every site")
+        if not found or any(reply != sent for reply in found.values()):
+            raise _lost("an echo did not come back as it was sent")
         return took
 
     def _exchange(self, kind: str, payload: bytes, sites: Sequence[str]) -> dict[str, bytes]:
@@ -416,10 +416,21 @@ class FlareTransport:
         self._claim = claim
 
     def _begin(self) -> None:
-        deadline = time.monotonic() + self._start_timeout_s
-        session = self._connected_session(deadline)
+        from fusion.federation.transport import FederationLost  # see _lost
+
+        try:
+            self._submit(self._connected_session())
+        except FederationLost:
+            raise
+        except Exception as fault:
+            raise _lost(
+                f"the server did not take the job ({type(fault).__name__}); see the log of the "
+                "coordinator's kit"
+            ) from fault
+
+    def _submit(self, session: Session) -> None:
         _clear(session)
-        present = _wait_for_sites(session, self._sites, deadline)
+        present = _wait_for_sites(session, self._sites, self._start_timeout_s)
         if not present:
             raise _lost(
                 f"found none of the sites connected within {self._start_timeout_s:g} "
@@ -433,12 +444,13 @@ class FlareTransport:
                 _write_private(where, {"address": address, "authkey": key.hex()})
                 _write_job(folder / "job", name, present)
                 self._job = session.submit_job(str(folder / "job"))
-                self._relay = self._accept(listener, session, deadline)
+                self._relay = self._accept(listener, session)
         finally:
             where.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _connected_session(self, deadline: float) -> Session:
+    def _connected_session(self) -> Session:
+        deadline = time.monotonic() + self._start_timeout_s
         while self._session is None:
             try:
                 self._session = _open_session(self._admin)
@@ -451,8 +463,9 @@ class FlareTransport:
                 time.sleep(0.5)
         return self._session
 
-    def _accept(self, listener: Listener, session: Session, deadline: float) -> Connection:
+    def _accept(self, listener: Listener, session: Session) -> Connection:
         """Wait for the relay of the job, as long as the job may still begin."""
+        deadline = time.monotonic() + self._start_timeout_s
         found: list[Connection] = []
 
         def accept() -> None:
@@ -519,7 +532,9 @@ class FlareTransport:
 
 
 def disable_site(kit_admin: Path, site: str) -> None:
-    """Let the server drop a site and turn it away from now on, restarts included.
+    """Let the server turn a site away from now on, restarts included, and end the job that runs.
+
+    A new job begins without the site.
 
     Raises
     ------
@@ -530,6 +545,7 @@ def disable_site(kit_admin: Path, site: str) -> None:
         session = _open_session(kit_admin.resolve())
         try:
             session.disable_client(site)
+            _clear(session)
         finally:
             session.close()
     except Exception as fault:
@@ -544,8 +560,9 @@ def _open_session(kit: Path) -> Session:
         return new_secure_session(admin["username"], str(kit), timeout=5.0, auto_login_max_tries=1)
 
 
-def _wait_for_sites(session: Session, sites: Sequence[str], deadline: float) -> list[str]:
+def _wait_for_sites(session: Session, sites: Sequence[str], timeout_s: float) -> list[str]:
     """Names of those connected, as soon as all are or when the time is over."""
+    deadline = time.monotonic() + timeout_s
     while True:
         connected = {client.name for client in session.get_connected_client_list()}
         present = [site for site in sites if site in connected]

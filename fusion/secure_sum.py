@@ -344,8 +344,8 @@ def _decoded(high: Words, low: Words) -> NDArray[np.float64]:
     np.negative(low, out=low, where=negative)
     np.invert(high, out=high, where=negative)
     high += negative & (low == 0)
-    size: NDArray[np.float64] = high + np.ldexp(low.astype(np.float64), -_FRACTION_BITS)
-    return np.negative(size, out=size, where=negative)
+    size = high.astype(np.float64) + np.ldexp(low.astype(np.float64), -_FRACTION_BITS)
+    return np.where(negative, -size, size)
 
 
 def _add(high: Words, low: Words, other_high: Words, other_low: Words) -> None:

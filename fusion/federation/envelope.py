@@ -185,8 +185,9 @@ def _is_number(value: object) -> bool:
 
 
 def _are_names(value: object) -> bool:
-    named = isinstance(value, list) and all(matches(PARTY_NAME, name) for name in value)
-    return named and 0 < len(value) == len(set(value))  # type: ignore[arg-type]
+    if not isinstance(value, list) or not all(matches(PARTY_NAME, name) for name in value):
+        return False
+    return 0 < len(value) == len(set(value))
 
 
 def _is_position(value: object) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from fusion import messages as m
 from fusion.averaging import LocalSteps, local_update
 from fusion.discrete import hazard_sums, hazard_weights
+from fusion.federation.answered import AnswerLedger
 from fusion.federation.checks import is_within
 from fusion.federation.designs import NotReleased, SiteDesigns
 from fusion.federation.masking import SiteMasks
@@ -24,6 +25,7 @@ from fusion.federation.plan import (
 from fusion.federation.rows import Split
 from fusion.federation.site_evaluation import evaluate_site, personal_coefficients
 from fusion.federation.totals import is_added
+from fusion.keys import digest
 from fusion.late import fit_late_fusion
 from fusion.late.gated import gated_log_hazard, gated_loss_gradient
 from fusion.newton import MAX_ROUNDS, ConvergenceError, LikelihoodSums
@@ -31,10 +33,11 @@ from fusion.privacy import outweighed, releasable_edges, saturated
 from fusion.survival import cox_sums, interval_sums, moments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
+    from fusion.federation.answered import Book
     from fusion.federation.masking import SiteIdentity
     from fusion.federation.plan import AveragingPlan
     from fusion.federation.rows import SiteRows
@@ -46,6 +49,9 @@ if TYPE_CHECKING:
 # Sums at ever other coefficients tell ever more of the rows. A fit gets those that Newton's method
 # needs, and some for starting over when a site leaves.
 MAX_SUMS_PER_FIT: Final = MAX_ROUNDS + 10
+# Over all runs on one cohort: a run may end early and begin again, with fewer sites for one.
+RERUNS: Final = 3
+_ANY_RUN: Final = "0" * 64
 # Stands for sums that one patient outweighs: no step ends there, the coordinator halves it.
 _LOWEST: Final = -1e12
 # Far above any model's, far below where its exponential overflows.
@@ -67,6 +73,8 @@ class SiteStudy:
         The site's rows.
     identity
         The site's key and whom it believes, for secure sums.
+    book
+        What was answered about these rows before, in whatever run; a fresh one where None.
     on_error
         Called with any unexpected exception, for the site's own log; only a code leaves.
 
@@ -82,10 +90,12 @@ class SiteStudy:
         rows: SiteRows,
         *,
         identity: SiteIdentity | None = None,
+        book: Book | None = None,
         on_error: Callable[[Exception], None] | None = None,
     ) -> None:
         self.designs = SiteDesigns(plan, rows)
         self._masks = SiteMasks(identity)
+        self._book = AnswerLedger().open("") if book is None else book
         self._on_error = on_error
         self._trains_here: bool | None = None
         self._approved = plan
@@ -186,7 +196,9 @@ class SiteStudy:
         part = self._left_out[run]
         if part is None:
             plan = self._approved.left_out_plan(run)
-            part = self._left_out[run] = SiteStudy(plan, self.rows, on_error=self._on_error)
+            part = self._left_out[run] = SiteStudy(
+                plan, self.rows, book=self._book, on_error=self._on_error
+            )
         return part
 
     def _require_first(self, request: Any) -> None:
@@ -196,9 +208,16 @@ class SiteStudy:
             # Else training rows could give sums first and be evaluated as test rows then.
             raise NotReleased("malformed_request")
         if isinstance(request, _ONCE):
-            first = m.encode(replace(request, round=0))
+            first = m.encode(replace(request, run=_ANY_RUN, round=0))
             if self._answered.setdefault(type(request), first) != first:
                 raise NotReleased("already_answered")
+            self._count([(type(request).__name__, digest(first), RERUNS)])
+
+    def _count(self, asked: Sequence[tuple[str, str, int]]) -> None:
+        """Count what is asked of these rows, over all runs."""
+        kind = "left out: " if self.plan.brief else ""
+        if not self._book.spend([(kind + name, request, most) for name, request, most in asked]):
+            raise NotReleased("rounds_spent")
 
     def columns(self, arm: str) -> Split:
         """(n, m) modality log hazards of an arm, NaN where absent; not standardised."""
@@ -352,8 +371,18 @@ class SiteStudy:
             if spent or self._sums_given[fit] > MAX_SUMS_PER_FIT:
                 raise NotReleased("rounds_spent")
 
+    def _count_points(self, request: Any, points: Floats, most: int) -> None:
+        """Count the points at which each fit is asked about."""
+        self._count(
+            [
+                (f"{type(request).__name__}: {fit}", digest(point.tobytes()), most)
+                for fit, point in zip(request.fits, points, strict=True)
+            ]
+        )
+
     def _sums(self, request: m.AskSums) -> m.Sums:
         self._spend(request.fits)
+        self._count_points(request, request.coefficients, RERUNS * MAX_SUMS_PER_FIT)
         n_fits, width = request.coefficients.shape
         gradient, information = np.zeros((n_fits, width)), np.zeros((n_fits, width, width))
         found = []
@@ -398,6 +427,8 @@ class SiteStudy:
             if self._updates_given[fit] >= self._averaging(fit).rounds + 10:
                 raise NotReleased("rounds_spent")
         self._updates_given.update(request.fits)
+        rounds = max(self._averaging(fit).rounds for fit in request.fits) + 10
+        self._count_points(request, request.weights, RERUNS * rounds)
         weights, loss = np.zeros_like(request.weights), np.zeros(len(request.fits))
         counts = np.zeros((2, len(request.fits)), dtype=np.int64)
         for row, fit in enumerate(request.fits):
