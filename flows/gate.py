@@ -162,5 +162,7 @@ def open_site(root: Path, site: str, consortium: Consortium) -> Callable[[bytes]
     )
     key = identity(settings.home)
     log = AuditLog(settings.path(LOG_FILE), party=settings.name, key=key)
-    desk = SiteDesk(gate.answer, site=settings.name, key=key, consortium=consortium, log=log)
+    desk = SiteDesk(
+        gate.answer, site=settings.name, key=key, consortium=consortium, log=log, on_error=note
+    )
     return desk.handle
