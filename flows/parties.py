@@ -69,15 +69,15 @@ def open_party(kit: Path) -> Callable[[bytes], bytes]:
     infra.provision.ProvisionError
         If the kit does not say where the site's files are.
     """
-    # In the job's process, and only there: the site's flow takes seconds to import.
-    from flows.gate import open_site
-    from fusion.federation.consortium import read_consortium
-
     party = read_party(kit)
     if party["home"] is None:
         raise ProvisionError(
             "kit: found no folder of the site's files, needed one; start with --site-home DIR"
         )
+    # In the job's process, and only there: the site's flow takes seconds to import.
+    from flows.gate import open_site
+    from fusion.federation.consortium import read_consortium
+
     consortium = read_consortium(kit / CONSORTIUM_FILE)
     return open_site(Path(party["home"]), party["name"], consortium)
 

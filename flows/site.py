@@ -22,6 +22,7 @@ from flows.inputs import LocalEncoder, keyed_digest, site_inputs, train_local
 from flows.progress import Progress
 from flows.protocol import load_protocol
 from flows.sealed import log_to, may_pass, note, sealed
+from flows.snapshots import COHORT, is_withdrawn, released
 from flows.versions import source_digest
 from infra.settings import SiteSettings, Workspace
 from modalities.clinical import read_registry
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from flows.protocol import StudyProtocol
     from modalities.clinical import Registry
 
-COHORT = "cohort.h5mu"
 EXCLUDED = "excluded.csv"
 ASSIGNMENTS = "assignments.csv"
 
@@ -93,7 +93,14 @@ def read_site_registry(
 ) -> tuple[Registry, list[Exclusion]]:
     """Read covariates and outcome; rows that cannot be used are set aside."""
     spec = protocol.modality[protocol.clinical]
-    return read_registry(settings.path(settings.clinical), spec)  # type: ignore[arg-type]
+    registry, excluded = read_registry(settings.path(settings.clinical), spec)  # type: ignore[arg-type]
+    withdrawn = is_withdrawn(settings, registry.patient_ids)
+    excluded += [
+        Exclusion(x, protocol.clinical, "withdrawn", "the patient was withdrawn")
+        for x, gone in withdrawn.items()
+        if gone
+    ]
+    return registry.without({x for x, gone in withdrawn.items() if gone}), excluded
 
 
 @task(
@@ -107,6 +114,8 @@ def list_inputs(
     """Read the manifest and find what is new or changed since the last time."""
     names = [x for x in protocol.modalities if x != protocol.clinical]
     rows, exclusions = read_manifest(settings.path(settings.manifest), names)
+    withdrawn = is_withdrawn(settings, {row.patient_id for row in rows})
+    rows = [row for row in rows if not withdrawn[row.patient_id]]
     for folder in ("features", "encoders"):
         sweep(settings.path(folder))
     ledger = Ledger(settings.path("features", "digests.json"))
@@ -228,15 +237,23 @@ def prepare_site(study: str, site: str) -> Prepared:
     )
 
 
-def load_inputs(settings: SiteSettings, protocol: StudyProtocol) -> SiteInputs:
-    """Read the site's cohort as encoders and federation see it.
+def load_inputs(
+    settings: SiteSettings, protocol: StudyProtocol, *, roster: tuple[str, ...] = ()
+) -> SiteInputs:
+    """Read the site's released cohort as encoders and federation see it.
+
+    Parameters
+    ----------
+    roster
+        Names of the sites whose sums it may go into; none for training at the site.
 
     Raises
     ------
     DataError
-        If there is no cohort, or it was prepared under another protocol.
+        If there is no cohort, it was prepared under another protocol, or none may be released.
     """
-    cohort = read_cohort(settings.path(COHORT))
+    snapshot = released(settings, protocol, roster=roster)
+    cohort = read_cohort(snapshot.cohort)
     if str(cohort.uns["protocol_fingerprint"]) != protocol.fingerprint():
         raise DataError(
             "other_protocol",
@@ -246,7 +263,7 @@ def load_inputs(settings: SiteSettings, protocol: StudyProtocol) -> SiteInputs:
         cohort,
         protocol,
         site=settings.name,
-        features=settings.path("features"),
+        features=snapshot.features,
         secret=settings.key,
     )
 
@@ -339,7 +356,7 @@ def train_site(study: str, site: str) -> dict[str, str]:
         Per modality left out, the reason.
     """
     settings, protocol = open_site(study, site)
-    cohort = keyed_digest(settings.key, read_cohort_digest(settings.path(COHORT)))
+    cohort = keyed_digest(settings.key, read_cohort_digest(released(settings, protocol).cohort))
     known = {
         modality: _about(settings.path("encoders", modality)) for modality in protocol.modalities
     }

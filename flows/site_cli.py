@@ -126,9 +126,10 @@ def site_withdraw(
     workspace, _ = opened(root)
     done = withdraw(workspace.site(only_site(workspace, site)), patient)
     say(f"withdrawn: {done.n_files_removed} files removed")
-    for run in done.affected_runs:
+    for run in done.runs:
         say(f"made with this patient among others: run {run[:12]}")
-    say("this site takes part again when enough other patients came, left or changed")
+    if done.snapshots:
+        say("this site takes part again when enough other patients came, left or changed")
 
 
 @site_app.command("prepare")

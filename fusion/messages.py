@@ -396,9 +396,10 @@ class Refused:
 
 Message = (
     Introduce | Introduced | Describe | Description | AskKey | Key | SetKeys | Masked
-    | AskPrivateSteps | PrivateSteps | AskMoments | DesignMoments | SetScaling | AskProducts | Products
-    | SetComponents | AskSums | Sums | SetEncoders | AskUpdates | Updates | SetNetworks | AskEdges
-    | Edges | SetGrid | AskIntervals | Intervals | AskEvaluation | Evaluation | Done | Refused
+    | AskPrivateSteps | PrivateSteps | AskMoments | DesignMoments | SetScaling | AskProducts
+    | Products | SetComponents | AskSums | Sums | SetEncoders | AskUpdates | Updates | SetNetworks
+    | AskEdges | Edges | SetGrid | AskIntervals | Intervals | AskEvaluation | Evaluation | Done
+    | Refused
 )  # fmt: skip
 _TYPES: Final[dict[str, type]] = {kind.__name__: kind for kind in get_args(Message)}
 _HINTS: Final = {name: get_type_hints(kind, include_extras=True) for name, kind in _TYPES.items()}

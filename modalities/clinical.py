@@ -23,7 +23,7 @@ from modalities.tabular import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from anndata import AnnData
@@ -132,6 +132,11 @@ class Registry:
     def patient_ids(self) -> tuple[str, ...]:
         """(n,) pseudonyms."""
         return tuple(self.covariates.obs_names)
+
+    def without(self, patient_ids: Collection[str]) -> Registry:
+        """Give the same registry less some patients."""
+        kept = np.array([x not in patient_ids for x in self.patient_ids], dtype=bool)
+        return Registry(self.covariates[kept].copy(), self.event[kept], self.time_days[kept])
 
 
 @dataclass(frozen=True)

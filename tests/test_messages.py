@@ -19,7 +19,8 @@ from tests.strategies import KINDS, messages
 
 RUN = "0" * 64
 TO_SITE = {
-    m.Introduce, m.Describe, m.AskKey, m.SetKeys, m.AskPrivateSteps, m.AskMoments, m.SetScaling, m.AskProducts, m.SetComponents, m.AskSums,
+    m.Introduce, m.Describe, m.AskKey, m.SetKeys, m.AskPrivateSteps,
+    m.AskMoments, m.SetScaling, m.AskProducts, m.SetComponents, m.AskSums,
     m.SetEncoders, m.AskUpdates, m.SetNetworks, m.AskEdges, m.SetGrid, m.AskIntervals,
     m.AskEvaluation,
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from datetime import timedelta
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import pytest
@@ -195,22 +196,40 @@ def test_a_path_that_the_engine_would_split_is_refused(tmp_path: Path) -> None:
         settle(tmp_path / "my kits")
 
 
-def test_a_site_without_a_key_is_asked_for_it(tmp_path: Path) -> None:
-    from flows.protocol import load_protocol
-    from modalities.files import fingerprint
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    template = files("flows").joinpath("templates", "demo_tables.toml")
+    (tmp_path / "study.toml").write_text(template.read_text())
+    return tmp_path / "study.toml"
 
-    assert load_protocol
-    assert fingerprint
-    study = tmp_path / "study.toml"
-    made = CliRunner().invoke(_study_app(), ["study", "init", "--root", str(tmp_path)])
-    assert made.exit_code == 0, made.output
+
+def test_a_site_without_a_key_is_asked_for_it(study: Path) -> None:
     asked = CliRunner().invoke(federation_app, ["provision", str(study), "--sites", "north,south"])
     assert isinstance(asked.exception, ProvisionError)
     assert "north: found no public key" in str(asked.exception)
     assert "`consilium site key`" in str(asked.exception)
 
 
-def _study_app() -> object:
-    from flows.cli import app
+def test_the_command_takes_the_keys_that_sites_sent(study: Path) -> None:
+    sent, out = study.parent / "sent", study.parent / "kits"
+    sent.mkdir()
+    for name, key in (("north", "a" * 64), ("south", "b" * 64)):
+        (sent / f"{name}.pub").write_text(key + "\n")
+    command = ["provision", str(study), "--sites", "north,south", "--out", str(out)]
+    done = CliRunner().invoke(federation_app, [*command, "--keys", str(sent)])
+    assert done.exit_code == 0, done.output
+    found = read_consortium(out / "north" / "consortium.json")
+    assert dict(found.sites) == {"north": "a" * 64, "south": "b" * 64}
+    assert found.quorum == 2
+    assert found.coordinator == (study.parent / "coordinator" / "identity.pub").read_text().strip()
 
-    return app
+
+def test_a_faulty_key_or_quorum_is_said_in_one_sentence(study: Path) -> None:
+    (study.parent / "north.pub").write_text("key")
+    command = ["provision", str(study), "--sites", "north", "--keys", str(study.parent)]
+    assert "north.pub: found no public key" in str(
+        CliRunner().invoke(federation_app, command).exception
+    )
+    assert "--quorum: found 3" in str(
+        CliRunner().invoke(federation_app, [*command, "--quorum", "3"]).exception
+    )

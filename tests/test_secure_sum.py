@@ -363,13 +363,15 @@ def test_a_site_without_a_trusted_key_of_its_own_is_refused():
     [
         lambda: masker_of("b", key=KEYS["d"], trusted=TRUSTED | {"b": TRUSTED["d"], "d": ""}),
         lambda: masker_of("c"),
+        # Somebody else's file knows the same key under another name.
+        lambda: masker_of("c", key=KEYS["b"], trusted=TRUSTED | {"c": TRUSTED["b"], "b": ""}),
         lambda: masker_of("b", replace(context_of(), study="other")),
         lambda: masker_of("b", replace(context_of(), protocol="other")),
         lambda: masker_of("b", replace(context_of(), run="run-2")),
         lambda: masker_of("b", context_of(attempt=2)),
         lambda: masker_of("b", context_of(SITES[:4])),
     ],
-    ids=["signer", "site", "study", "protocol", "run", "attempt", "roster"],
+    ids=["signer", "site", "name", "study", "protocol", "run", "attempt", "roster"],
 )
 def test_a_key_that_was_signed_for_something_else_is_refused(swapped: Callable[[], Masker]):
     maskers = unagreed()

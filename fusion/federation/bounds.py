@@ -229,7 +229,7 @@ class Watch:
         -------
         str or None
             None for honest sums, whatever the rows. Sums that say that one patient outweighs them
-            pass, but not at 0, where a Cox model weighs all patients alike.
+            pass, but not at 0, where all patients weigh alike.
         """
         behind, kind = self.behind(sites, fit), self._kind(fit, len(coefficients))
         said = self._of(sites, fit)
@@ -238,8 +238,8 @@ class Watch:
             return reason
         at_zero = not coefficients.any()
         if sums.log_likelihood <= _LOWEST:
-            lies = at_zero and kind.n_baseline == 0
-            return "log_likelihood_impossible" if lies else None
+            # At 0 all patients weigh alike, and no fit could begin from it.
+            return "log_likelihood_impossible" if at_zero else None
         reason = _alone_fault(sums, behind, kind) or (
             _zero_fault(sums, behind, kind) if at_zero else None
         )

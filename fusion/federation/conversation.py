@@ -10,9 +10,8 @@ import numpy as np
 
 from fusion import messages as m
 from fusion.federation.checks import is_reply_to
-from fusion.federation.masking import MINIMUM_ROSTER
 from fusion.federation.totals import CONSORTIUM, unflatten
-from fusion.secure_sum import unmask
+from fusion.secure_sum import MINIMUM_ROSTER, unmask
 from fusion.survival import Moments
 
 if TYPE_CHECKING:
@@ -188,7 +187,8 @@ class Conversation:
         -------
         dict
             Per site its reply; where the plan wants secure sums, their total under the name of the
-            consortium, or nothing where sites have left and masks do not cancel.
+            consortium, or nothing where sites have left and masks do not cancel, or where another
+            roster was answered at these very coefficients.
 
         Raises
         ------
@@ -202,10 +202,21 @@ class Conversation:
         return self._total(request, expected, stage=stage)
 
     def collect_all(self, request: Added, expected: type[Reply], *, stage: str) -> dict[str, Reply]:
-        """Collect sums that hold whoever is left: where sites leave, ask the others again."""
-        while not (replies := self.collect(request, expected, stage=stage)):
-            request = replace(request, round=self.number)
-        return replies
+        """Collect sums that hold whoever is left: where sites leave, ask the others again.
+
+        Raises
+        ------
+        QuorumNotMet
+            If too few sites are left, or those that are do not answer this again.
+        """
+        for _ in range(1 + len(self.outcomes)):
+            replies = self.collect(request, expected, stage=stage)
+            if replies:
+                return replies
+        raise QuorumNotMet(
+            f"{stage}: found sites that have answered this for other sites before, needed them "
+            "not to have; run the study when all sites are there"
+        )
 
     def _total(self, request: Added, expected: type[Reply], *, stage: str) -> dict[str, Reply]:
         roster = self.roster
@@ -218,8 +229,10 @@ class Conversation:
                 return {CONSORTIUM: self._unmasked(asked, expected, masked)}
             self.round_done()
             self._keyed = ()  # masks of this attempt never cancel again
-            lost = all(reply == m.Refused("unreachable") for reply in self._silent.values())
-            if not lost:
+            found = {r.code if isinstance(r, m.Refused) else "" for r in self._silent.values()}
+            if found == {"roster_changed"}:
+                return {}
+            if found != {"unreachable"}:
                 break
         for site, reply in self._silent.items():
             self._drop(site, reply)

@@ -113,7 +113,7 @@ def fit_from_sums(talk: Conversation, fits: Mapping[str, Fit], *, stage: str) ->
         coefficients = stack([fit.newton.candidate for fit in active.values()])
         request = m.AskSums(talk.plan.run, talk.number, tuple(active), coefficients)
         replies = talk.collect(request, m.Sums, stage=stage)
-        if talk.roster != roster:
+        if talk.roster != roster or not replies:
             for fit in fits.values():
                 fit.newton.restart()
                 if talk.plan.secure_sum:
@@ -307,7 +307,7 @@ def fit_by_averaging(
         weights, roster = stack([fit.candidate for fit in active.values()]), talk.roster
         request = m.AskUpdates(talk.plan.run, talk.number, tuple(active), weights, ridge)
         replies = talk.collect(request, m.Updates, stage=stage)
-        if talk.roster != roster:  # the best loss so far is of other patients
+        if talk.roster != roster or not replies:  # the best loss so far is of other patients
             for fit in fits.values():
                 fit.restart()
                 if talk.plan.secure_sum:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,11 +17,9 @@ from fusion.secure_sum import MaskContext, Masker, MaskRefused
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from fusion.federation.answered import Book
     from fusion.federation.plan import FederationPlan
     from fusion.keys import SigningKey
-
-# With two sites, each would know the other's sums from the total.
-MINIMUM_ROSTER: Final = 3
 
 
 @dataclass(frozen=True)
@@ -50,14 +48,15 @@ class SiteMasks:
     ----------
     identity
         None at a site that has no key: it then takes part in no secure sum.
+    book
+        Remembers over all runs what was answered for which roster.
     """
 
-    def __init__(self, identity: SiteIdentity | None) -> None:
-        self._identity = identity
+    def __init__(self, identity: SiteIdentity | None, book: Book) -> None:
+        self._identity, self._book = identity, book
         self._masker: Masker | None = None
         self._attempt, self._round = 0, 0
         self._roster: tuple[str, ...] = ()
-        self._answered: dict[str, tuple[str, ...]] = {}
 
     def key(self, request: m.AskKey, plan: FederationPlan) -> m.Key:
         """Make a new key for an attempt; keys of an earlier one are gone with it."""
@@ -74,7 +73,6 @@ class SiteMasks:
                 site=self._identity.site,
                 key=self._identity.key,
                 trusted=self._identity.trusted,
-                minimum_roster=MINIMUM_ROSTER,
             )
             public, signature = self._masker.certificate
         return m.Key(_bytes(public), _bytes(signature))
@@ -101,9 +99,9 @@ class SiteMasks:
             raise NotReleased("bad_key")
         if request.round <= self._round:
             raise NotReleased("mask_spent")
-        for name in _asked_of(request):
-            if self._answered.setdefault(name, self._roster) != self._roster:
-                raise NotReleased("roster_changed")
+        roster = digest(canonical_json(self._roster))
+        if not self._book.spend([(name, roster, 1) for name in _asked_of(request)]):
+            raise NotReleased("roster_changed")
         self._round = request.round
 
     def hide(self, request: Any, reply: m.Message) -> m.Masked:

@@ -71,11 +71,11 @@ def table_fault(modality: str, table: Floats) -> str | None:
     """
     if np.isinf(table).any():
         return f"{modality}: found an infinite value, needed finite ones or none"
-    present = table[~np.isnan(table).all(axis=1)]
-    if len(present) > 1 and (np.nanmax(present, axis=0) == np.nanmin(present, axis=0)).all():
+    told = [column[~np.isnan(column)] for column in table.T]
+    known = [values for values in told if len(values) >= _LEAST_VALUES]
+    if known and all(np.ptp(values) == 0 for values in known):
         return f"{modality}: found that no input varies, needed patients that differ"
-    for at, column in enumerate(present.T):
-        values = column[~np.isnan(column)]
+    for at, values in enumerate(told):
         if len(np.unique(values)) >= _LEAST_VALUES and _farthest(values) > _FARTHEST_SD:
             return (
                 f"{modality}: found a value of input {at} more than {_FARTHEST_SD:.0f} standard "

@@ -94,8 +94,8 @@ class SiteStudy:
         on_error: Callable[[Exception], None] | None = None,
     ) -> None:
         self.designs = SiteDesigns(plan, rows)
-        self._masks = SiteMasks(identity)
         self._book = AnswerLedger().open("") if book is None else book
+        self._masks = SiteMasks(identity, self._book)
         self._on_error = on_error
         self._trains_here: bool | None = None
         self._approved = plan
