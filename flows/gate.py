@@ -9,9 +9,9 @@ from flows.approvals import FOLDER as APPROVALS
 from flows.approvals import approve_study, permit, read_approvals, statement_of
 from flows.identity import identity
 from flows.inputs import site_rows
+from flows.loading import load_encoders, load_inputs
 from flows.protocol import load_protocol
 from flows.sealed import log_to, note
-from flows.site import load_encoders, load_inputs
 from flows.snapshots import record_run, released
 from fusion.audit import LOG_FILE, AuditLog
 from fusion.federation import SiteStudy
@@ -102,7 +102,7 @@ class SitePart:
     def rows(self) -> SiteRows:
         """Rows of the released snapshot."""
         inputs = load_inputs(self._settings, self._protocol, roster=self.roster)
-        local = load_encoders(self._settings, self._protocol, inputs)
+        local = load_encoders(self._settings, self._protocol, inputs, weights=False)
         return site_rows(inputs, local, self._protocol)
 
     def permits(self, request: m.Introduce) -> Refusal | None:

@@ -10,9 +10,9 @@ from flows.federated import Federation, FederationRefused, federation
 from flows.gate import own_limits
 from flows.identity import identity
 from flows.inputs import keyed_digest, site_rows
+from flows.loading import load_encoders, load_inputs
 from flows.reference import Consortium
 from flows.sealed import note
-from flows.site import load_encoders, load_inputs
 from flows.snapshots import released
 from flows.versions import CODE, source_digest
 from fusion.federation import InProcess, SiteStudy, run_federation

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from flows.inputs import keyed_digest
+from flows.loading import encoder_key, load_encoders, load_inputs
 from flows.sealed import note
 from flows.shared import shared_networks
-from flows.site import encoder_key, load_encoders, load_inputs
 from flows.versions import source_digest
 from fusion.encoder_inputs import take
 from fusion.late import ESTIMATORS

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -18,27 +18,25 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.check import without_registry
 from flows.extraction import Ledger, ModalityWork, collect, extract_batch, plan_modality
-from flows.inputs import LocalEncoder, keyed_digest, site_inputs, train_local
+from flows.inputs import keyed_digest, train_local
+from flows.loading import about_encoder, encoder_key, load_inputs
 from flows.progress import Progress
 from flows.protocol import load_protocol
-from flows.sealed import log_to, may_pass, note, sealed
+from flows.sealed import log_to, may_pass, sealed
 from flows.snapshots import COHORT, is_withdrawn, released
-from flows.versions import source_digest
 from infra.settings import SiteSettings, Workspace
 from modalities.clinical import read_registry
 from modalities.cohort import (
-    DataError,
     Exclusion,
     assemble,
     assign_splits,
     keyed_unit,
-    read_cohort,
     read_cohort_digest,
     read_manifest,
     write_cohort,
     write_exclusions,
 )
-from modalities.files import fingerprint, replacing, sweep
+from modalities.files import replacing, sweep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,7 +44,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from flows.inputs import SiteInputs
+    from flows.inputs import LocalEncoder, SiteInputs
     from flows.protocol import StudyProtocol
     from modalities.clinical import Registry
 
@@ -237,37 +235,6 @@ def prepare_site(study: str, site: str) -> Prepared:
     )
 
 
-def load_inputs(
-    settings: SiteSettings, protocol: StudyProtocol, *, roster: tuple[str, ...] = ()
-) -> SiteInputs:
-    """Read the site's released cohort as encoders and federation see it.
-
-    Parameters
-    ----------
-    roster
-        Names of the sites whose sums it may go into; none for training at the site.
-
-    Raises
-    ------
-    DataError
-        If there is no cohort, it was prepared under another protocol, or none may be released.
-    """
-    snapshot = released(settings, protocol, roster=roster)
-    cohort = read_cohort(snapshot.cohort)
-    if str(cohort.uns["protocol_fingerprint"]) != protocol.fingerprint():
-        raise DataError(
-            "other_protocol",
-            "cohort: found one of another protocol; run `consilium site prepare` again",
-        )
-    return site_inputs(
-        cohort,
-        protocol,
-        site=settings.name,
-        features=snapshot.features,
-        secret=settings.key,
-    )
-
-
 @task(
     name="train-encoder", task_run_name="train-{modality}", cache_policy=NO_CACHE,
     persist_result=False,
@@ -281,12 +248,6 @@ def train_site_encoder(
     key = encoder_key(inputs.cohort, protocol, modality)
     _keep(settings.path("encoders", modality), key, trained)
     return trained.reason
-
-
-def encoder_key(cohort: str, protocol: StudyProtocol, modality: str) -> str:
-    """Fingerprint of everything that a trained encoder depends on: cohort, protocol and code."""
-    code = source_digest("fusion", "modalities")
-    return fingerprint([cohort, protocol.fingerprint(), modality, code])
 
 
 def _keep(folder: Path, key: str, trained: LocalEncoder) -> None:
@@ -304,47 +265,6 @@ def _keep(folder: Path, key: str, trained: LocalEncoder) -> None:
         temporary.write_text(json.dumps(about))
 
 
-def _about(folder: Path) -> dict[str, Any] | None:
-    """Read which cohort, protocol and code a trained encoder belongs to; None without one."""
-    try:
-        about = json.loads((folder / "encoder.json").read_text())
-        whole = not about["trained"] or (folder / "encoder.safetensors").is_file()
-        return about if whole and {"key", "reason"} <= set(about) else None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def _kept(folder: Path, key: str) -> LocalEncoder | None:
-    from fusion.encoders import FittedEncoder  # torch takes seconds to import
-
-    about = _about(folder)
-    if about is None or about["key"] != key:
-        return None
-    try:
-        log_hazard = np.load(folder / "log_hazard.npy")
-        if not about["trained"]:
-            return LocalEncoder(None, log_hazard, about["reason"])
-        weights = (folder / "encoder.safetensors").read_bytes()
-        return LocalEncoder(FittedEncoder.from_bytes(weights), log_hazard)
-    except (OSError, ValueError) as error:
-        note(error)
-        return None
-
-
-def load_encoders(
-    settings: SiteSettings, protocol: StudyProtocol, inputs: SiteInputs
-) -> dict[str, LocalEncoder]:
-    """Read the encoders that this cohort was trained to; missing ones are absent."""
-    found = {}
-    for modality in protocol.modalities:
-        kept = _kept(
-            settings.path("encoders", modality), encoder_key(inputs.cohort, protocol, modality)
-        )
-        if kept is not None:
-            found[modality] = kept
-    return found
-
-
 @flow(name="train-site", flow_run_name="train-{site}", persist_result=False, log_prints=False)
 @sealed
 def train_site(study: str, site: str) -> dict[str, str]:
@@ -358,7 +278,8 @@ def train_site(study: str, site: str) -> dict[str, str]:
     settings, protocol = open_site(study, site)
     cohort = keyed_digest(settings.key, read_cohort_digest(released(settings, protocol).cohort))
     known = {
-        modality: _about(settings.path("encoders", modality)) for modality in protocol.modalities
+        modality: about_encoder(settings.path("encoders", modality))
+        for modality in protocol.modalities
     }
     left_out = {
         modality: str(about["reason"])
@@ -383,13 +304,3 @@ def _train(
             reasons[modality] = train_site_encoder(settings, protocol, inputs, modality)
             progress.advance(1)
     return reasons
-
-
-__all__ = [
-    "Prepared",
-    "load_encoders",
-    "load_inputs",
-    "open_site",
-    "prepare_site",
-    "train_site",
-]

@@ -365,7 +365,7 @@ class PrivacyLedger:
         content = _whole_content(file)
         end = content.rfind(b"\n") + 1
         charges, checksums = [], [_NOTHING]
-        for number, line in enumerate(content[:end].splitlines(), 1):
+        for number, line in enumerate(content[:end].split(b"\n")[:-1], 1):
             charge, checksum = _read_line(line, number=number, previous=checksums[-1])
             charges.append(charge)
             checksums.append(checksum)

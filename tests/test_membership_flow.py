@@ -12,6 +12,7 @@ import pytest
 
 from flows import membership
 from flows.inputs import LocalEncoder, ModalityInputs, SiteInputs, train_local
+from flows.loading import encoder_key
 from flows.membership import (
     FUSION,
     MEMBERSHIP,
@@ -23,7 +24,6 @@ from flows.membership import (
     write_results,
 )
 from flows.protocol import StudyProtocol, read_protocol
-from flows.site import encoder_key
 from fusion.membership import MIN_MODELS, Effort, MembershipResult
 from infra.settings import SiteSettings
 from modalities.cohort import DataError
