@@ -99,8 +99,7 @@ def _sentence(error: Exception) -> str | None:
     from flows.sealed import SiteError
     from flows.services import ServiceError
     from fusion.audit import AuditError
-    from fusion.federation import FederationLost, QuorumNotMet
-    from fusion.federation.conversation import BrokenTotal
+    from fusion.federation import BoundsBroken, FederationLost, QuorumNotMet
     from fusion.keys import KeyFault
     from fusion.newton import ConvergenceError
     from infra.provision import ProvisionError
@@ -112,7 +111,7 @@ def _sentence(error: Exception) -> str | None:
     known = (
         ProtocolError, ServiceError, QuorumNotMet, ConvergenceError, DataError, MissingWeights,
         UnknownEncoder, FederationRefused, FederationLost, PartyFailed, ProvisionError, AuditError,
-        BrokenTotal, KeyFault,
+        BoundsBroken, KeyFault,
     )  # fmt: skip
     if isinstance(error, known):
         return str(error)

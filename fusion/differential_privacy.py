@@ -144,7 +144,8 @@ def clipped_units(vectors: ArrayLike, clip_norm: float) -> Units:
     # Of a row that is too long to square, nothing is left.
     with np.errstate(over="ignore"):
         norms = np.linalg.norm(rows, axis=1)
-    share = np.minimum(1.0, clip_norm * _MARGIN / np.maximum(norms, np.finfo(float).tiny))
+    longest = clip_norm * _MARGIN
+    share = longest / np.maximum(norms, longest)
     return np.trunc(rows * (share / clip_norm)[:, None] * UNITS).astype(np.int64)
 
 

@@ -21,7 +21,7 @@ from io import StringIO
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import IO, TYPE_CHECKING, Any, Final, Self
 
 from nvflare.apis.controller_spec import Task
 from nvflare.apis.event_type import EventType
@@ -226,14 +226,21 @@ class SiteExecutor(Executor):
     def __init__(self) -> None:
         super().__init__()
         self._party: Party | None = None
+        self._claim: IO[str] | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Open the site's party when the job begins."""
+        """Open the site's party when the job begins, and let go of it at the end."""
         if event_type == EventType.START_RUN:
+            kit = Path(fl_ctx.get_engine().get_workspace().get_root_dir())
             try:
-                self._party = _open_party(Path(fl_ctx.get_engine().get_workspace().get_root_dir()))
+                # A process of an aborted job may still be at an answer: two must not be.
+                self._claim = _claim(kit / "party.lock", within_s=_GRACE_S)
+                self._party = _open_party(kit)
             except Exception:  # noqa: BLE001  (text of an error must not leave the site)
                 self.log_exception(fl_ctx, "the site's party could not be opened")
+        elif event_type == EventType.END_RUN and self._claim is not None:
+            self._party = None
+            self._claim.close()
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
@@ -257,6 +264,29 @@ class SiteExecutor(Executor):
             self.log_exception(fl_ctx, "the site's party failed")
             return _refusal()
         return reply
+
+
+def _claim(path: Path, *, within_s: float) -> IO[str]:
+    """Hold a lock until the file is closed or the process is gone.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process holds it all that time.
+    """
+    deadline = time.monotonic() + within_s
+    path.touch(mode=0o600)
+    file = path.open("w")
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                raise
+            time.sleep(0.1)
+        else:
+            return file
 
 
 def _refusal() -> bytes:
@@ -305,7 +335,7 @@ class FlareTransport:
         self._job: str | None = None
         self._round = 0
         self._lock = threading.Lock()
-        self._claim: Any = None
+        self._claim: IO[str] | None = None
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -403,17 +433,12 @@ class FlareTransport:
         return {site: relay.recv_bytes(LARGEST_PAYLOAD) for site in header["sites"]}
 
     def _claim_kit(self) -> None:
-        lock = self._kit / "study.lock"
-        lock.touch(mode=0o600)
-        claim = lock.open("w")
         try:
-            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            claim.close()
+            self._claim = _claim(self._kit / "study.lock", within_s=0.0)
+        except BlockingIOError:
             raise _lost(
                 "another study is running from the coordinator's kit; wait for its end"
             ) from None
-        self._claim = claim
 
     def _begin(self) -> None:
         from fusion.federation.transport import FederationLost  # see _lost

@@ -264,6 +264,7 @@ def full_record() -> StudyRecord:
         heterogeneity=found.heterogeneity,
         evaluations={s.site: evaluation(plan, s.n_test) for s in sites() if s.n_test},
         calibration_slope=found.arms[PROTOCOL].calibration_slope,
+        alarms=(),
         fit_rounds={"clinical": 6, "radiology/0": 5, PROTOCOL: 5},
         ridge=found.ridge,
         rounds=rounds(),

@@ -15,7 +15,7 @@ from fusion.federation import (
     SiteStudy,
     run_federation,
 )
-from fusion.federation.conversation import BrokenTotal
+from fusion.federation.bounds import BoundsBroken
 from fusion.federation.plan import AveragingPlan
 from fusion.late.gated import initial_gated_weights
 from tests.consortium import (
@@ -280,6 +280,6 @@ def test_a_total_that_no_sums_can_have_ends_the_run_in_one_sentence():
     flaky = Flaky(
         studies_of(rows, plan), "site-02", lambda ask, n: isinstance(ask, m.AskMoments), spoil
     )
-    with pytest.raises((BrokenTotal, QuorumNotMet)) as caught:
+    with pytest.raises((BoundsBroken, QuorumNotMet)) as caught:
         run_federation(plan, flaky)
     assert "\n" not in str(caught.value)

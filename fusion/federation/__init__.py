@@ -4,6 +4,8 @@ The messages are bytes on every transport, the in-process one included, so that 
 in a test or a simulation that could not cross between hospitals.
 """
 
+from fusion.federation.alarms import SiteAlarm
+from fusion.federation.bounds import BoundsBroken
 from fusion.federation.conversation import QuorumNotMet, RoundRecord, SiteOutcome
 from fusion.federation.coordinator import (
     Coordinator,
@@ -43,6 +45,7 @@ __all__ = [
     "RESERVED_NAMES",
     "ArmResult",
     "AveragingPlan",
+    "BoundsBroken",
     "Coordinator",
     "Encoders",
     "FederationLost",
@@ -55,6 +58,7 @@ __all__ = [
     "QuorumNotMet",
     "RoundRecord",
     "SharedNetwork",
+    "SiteAlarm",
     "SiteOutcome",
     "SiteRows",
     "SiteStudy",

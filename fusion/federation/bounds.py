@@ -1,9 +1,9 @@
 r"""What honest sums can be: bounds that a broken or malicious site's replies break.
 
-Three kinds of bounds, none of which trusts a site. *Counts* follow from what a site said of itself
+Two kinds of bounds, neither of which trusts a site. *Counts* follow from what a site said of itself
 before. *Inequalities of the likelihood* hold for every set of rows there is, so that a reply that
 breaks one is no sum over rows; they hold for totals too, since they are closed under addition.
-*Alarms* are statistics of held-out rows: they find rows that are rows, but not of this disease.
+Rows that are rows, but wrong, are a matter of :mod:`fusion.federation.alarms`.
 
 For a Cox model with :math:`d` events among :math:`n` patients, at :math:`\beta = 0`:
 

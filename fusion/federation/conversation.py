@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from fusion import messages as m
+from fusion.federation.bounds import BoundsBroken, Watch, broken_total, other_units
 from fusion.federation.checks import is_reply_to
 from fusion.federation.totals import CONSORTIUM, unflatten
 from fusion.secure_sum import MINIMUM_ROSTER, unmask
@@ -30,10 +31,6 @@ Added = m.AskMoments | m.AskProducts | m.AskSums | m.AskUpdates | m.AskIntervals
 
 class QuorumNotMet(RuntimeError):
     """Too few sites or patients to fit a consortium's model."""
-
-
-class BrokenTotal(RuntimeError):
-    """A secure sum that no honest sites can have; it does not say whose part is wrong."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +115,10 @@ class Conversation:
     _silent: dict[str, m.Message] = field(default_factory=dict)
     _keyed: tuple[str, ...] = ()
     _attempt: int = 0
+    _watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._watch = Watch(self)
 
     @property
     def roster(self) -> tuple[str, ...]:
@@ -159,10 +160,12 @@ class Conversation:
         self._silent = {}
         for site in sites:
             reply = _read(raw.get(site))
-            if isinstance(reply, expected) and is_reply_to(request, reply, self.plan):
-                replies[site] = reply
-            else:
+            if not (isinstance(reply, expected) and is_reply_to(request, reply, self.plan)):
                 self._silent[site] = reply
+            elif self._watch.judge(request, reply, (site,)) is not None:
+                self._silent[site] = m.Refused("not_within_bounds")
+            else:
+                replies[site] = reply
         if not forgiving:
             for site, reply in self._silent.items():
                 self._drop(site, reply)
@@ -246,15 +249,18 @@ class Conversation:
             total = unmask({s: r.words for s, r in masked.items()}, roster=self._keyed)
             found = unflatten(expected, request, self.plan, total)
         except ValueError as error:
-            raise BrokenTotal(
+            raise BoundsBroken(
                 f"secure sum: found a total that is no {expected.__name__}, needed replies of "
                 "every site to the same request; run the study again"
             ) from error
         if not isinstance(found, expected) or not is_reply_to(request, found, self.plan):
-            raise BrokenTotal(
+            raise BoundsBroken(
                 f"secure sum: found a total that no {expected.__name__} can be: a site's sums "
                 "are wrong; its own log may say why"
             )
+        fault = self._watch.judge(request, found, self._keyed)
+        if fault is not None:
+            raise broken_total(fault)
         return found
 
     def _agree_on_keys(self) -> bool:
@@ -376,6 +382,10 @@ class Conversation:
         ask = m.AskMoments(self.plan.run, self.number, tuple(designs))
         replies = self.collect_all(ask, m.DesignMoments, stage=stage)
         self.round_done()
+        for site in other_units(replies):
+            self._drop(site, m.Refused("not_within_bounds"))
+            del replies[site]
+        self.require_quorum()
         total = add([Moments(r.n, r.mean, r.m2) for r in replies.values()])
         scale = np.where(total.scale > 0, total.scale, 1.0)
         self.tell(

@@ -12,6 +12,8 @@ from fusion import messages as m
 from fusion.averaging import AveragedFit
 from fusion.encoder_spec import random_projection
 from fusion.evaluation import Estimate, heterogeneity
+from fusion.federation.alarms import SiteAlarm, site_alarms, slope_alarms
+from fusion.federation.bounds import BoundsBroken, is_stationary
 from fusion.federation.conversation import (
     Conversation,
     QuorumNotMet,
@@ -118,6 +120,8 @@ class Fitted:
         Per site that could release one, its evaluation sums.
     calibration_slope
         Of the protocol's arm, on the test patients of all sites.
+    alarms
+        What people should look at: sites where the model fails, or that are unlike the others.
     fit_rounds
         Per fit, how many sums it took to converge.
     ridge
@@ -133,6 +137,7 @@ class Fitted:
     heterogeneity: Heterogeneity
     evaluations: dict[str, m.Evaluation]
     calibration_slope: Estimate | None
+    alarms: tuple[SiteAlarm, ...]
     fit_rounds: dict[str, int]
     ridge: dict[str, float]
     rounds: tuple[RoundRecord, ...]
@@ -168,6 +173,7 @@ class Coordinator:
     ) -> None:
         self.talk = Conversation(plan, transport, on_round, left_out)
         self.fit_rounds: dict[str, int] = {}
+        self._alarms: tuple[SiteAlarm, ...] = ()
         self._checkpoint = checkpoint
 
     @property
@@ -181,6 +187,13 @@ class Coordinator:
 
     def _fit(self, fits: Mapping[str, Fit], *, stage: str) -> None:
         fit_from_sums(self.talk, fits, stage=stage)
+        for name, fit in fits.items():
+            total = list(fit.by_site.values())
+            if fit.newton.converged and total and not is_stationary(fit.newton, add(total)):
+                raise ConvergenceError(
+                    f"{name}: ended off its maximum, needed sums that lead there: a site says at "
+                    "every step that one patient outweighs its sums; its own log may say why"
+                )
         self.fit_rounds |= {n: fit.newton.rounds for n, fit in fits.items() if fit.newton.converged}
 
     def fit_encoders(self) -> Encoders:
@@ -312,6 +325,7 @@ class Coordinator:
             for row, arm in enumerate(arms)
         }
         fit = fits[PROTOCOL]
+        self._alarms = slope_alarms(fit.newton, fit.by_site, first=self.plan.n_baseline)
         return FusionFit(
             models=models,
             groups=groups,
@@ -450,6 +464,7 @@ class Coordinator:
             heterogeneity=fusion.heterogeneity,
             evaluations=evaluations,
             calibration_slope=calibration_slope,
+            alarms=(*self._alarms, *site_alarms(self.plan, evaluations)),
             fit_rounds=dict(self.fit_rounds),
             ridge=encoders.ridge | {PROTOCOL: fusion.ridge},
             rounds=tuple(self.talk.rounds),
@@ -514,7 +529,7 @@ def leave_one_site_out(
         coordinator = Coordinator(plan.left_out_plan(run), transport, left_out=frozenset(group))
         try:
             found[tuple(group)] = coordinator.run()
-        except (QuorumNotMet, ConvergenceError) as error:
+        except (QuorumNotMet, ConvergenceError, BoundsBroken) as error:
             found[tuple(group)] = type(error).__name__
     return found
 

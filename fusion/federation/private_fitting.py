@@ -96,15 +96,20 @@ class Schedule:
 
 
 def n_steps(epsilon: float) -> int:
-    """Steps for a budget: one up to :data:`ONE_SHOT_EPSILON`, then two per epsilon, 4 to 20."""
+    """Count the steps: one up to :data:`ONE_SHOT_EPSILON`, then two per epsilon, 4 to 20."""
     return 1 if epsilon <= ONE_SHOT_EPSILON else int(min(max(round(2.0 * epsilon), 4), 20))
 
 
-def schedule(budget: Budget, fits: Sequence[str]) -> Schedule:
+def schedule(budget: Budget, fits: Sequence[str], *, steps: int | None = None) -> Schedule:
     """Split a budget: 8% of the precision for the opening, 12% for the baseline, the rest to fits.
 
     The precision of a release is one over its squared noise multiplier; precisions of releases add,
     exactly. Fits share alike, and so do the steps of a fit.
+
+    Parameters
+    ----------
+    steps
+        Of each fit; :func:`n_steps` where None.
 
     Raises
     ------
@@ -113,7 +118,8 @@ def schedule(budget: Budget, fits: Sequence[str]) -> Schedule:
     """
     if not fits:
         raise ValueError("private fits: found none, needed at least the fusion model")
-    whole, steps = noise_multiplier(budget.epsilon, budget.delta), n_steps(budget.epsilon)
+    whole = noise_multiplier(budget.epsilon, budget.delta)
+    steps = n_steps(budget.epsilon) if steps is None else steps
     each = (1.0 - _OPENING_SHARE - _BASELINE_SHARE) / (len(fits) * steps)
     return Schedule(
         budget=budget,
@@ -482,7 +488,7 @@ class PrivateFit:
         self.coefficients = here + np.linalg.solve(curvature, found.gradient - penalty * here)
         self._path.append(self.coefficients)
         averaged = len(self._path) - len(self._path) // 2
-        self._describe(np.linalg.inv(curvature), deviation**2 / averaged)
+        self._describe(np.asarray(np.linalg.inv(curvature)), deviation**2 / averaged)
 
     def finish(self) -> None:
         """Take the average over the last half of the steps as the estimate."""

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fusion.evaluation import Heterogeneity, LogRankSums, NetBenefit
+    from fusion.federation.alarms import SiteAlarm
     from fusion.federation.coordinator import Fitted
     from fusion.messages import Evaluation
 
@@ -166,6 +167,8 @@ class StudyResults:
         Leave-one-site-out, in the order of the sites; ``left_out_pooled`` over all of them.
     ridge
         Penalty per patient of each encoder in sums, and of the fusion model as ``protocol``.
+    alarms
+        Sites where the model fails, or that are unlike the others, for people to look at.
     """
 
     arms: dict[str, ArmResult]
@@ -177,6 +180,7 @@ class StudyResults:
     left_out: tuple[LeftOutSite, ...] = ()
     left_out_pooled: Estimate | None = None
     ridge: dict[str, float] = field(default_factory=dict)
+    alarms: tuple[SiteAlarm, ...] = ()
 
 
 def summarise(
@@ -205,6 +209,7 @@ def summarise(
         left_out=of_sites,
         left_out_pooled=pooled,
         ridge=fitted.ridge,
+        alarms=fitted.alarms,
     )
 
 

@@ -23,6 +23,7 @@ from fusion.federation.plan import (
     FederationPlan,
 )
 from fusion.federation.rows import Split
+from fusion.federation.self_check import self_check
 from fusion.federation.site_evaluation import evaluate_site, personal_coefficients
 from fusion.federation.totals import is_added
 from fusion.keys import digest
@@ -233,6 +234,8 @@ class SiteStudy:
         if not (request.trains or self.plan.brief):
             raise NotReleased("malformed_request")
         if self._trains_here is None:
+            if request.trains:
+                self._require_sound(self_check(self.rows))
             self._trains_here = request.trains
             if not request.trains:
                 self._become_external()
@@ -254,6 +257,14 @@ class SiteStudy:
             cross_fits=np.array([designs.cross_fits(x) for x in request.modalities]),
             reduces=np.array([designs.reduces(x) for x in request.modalities]),
         )
+
+    def _require_sound(self, fault: str | None) -> None:
+        """Contribute nothing while the site's own rows look wrong; its own log says why."""
+        if fault is None:
+            return
+        if self._on_error is not None:
+            self._on_error(ValueError(fault))
+        raise NotReleased("not_within_bounds")
 
     def _become_external(self) -> None:
         """Take part as if this site had never trained, unless that would single patients out.
