@@ -42,6 +42,18 @@ _CODES = {
     "site_error": "an error at the site, told in the site's own log",
     "unexpected_reply": "it answered with something else",
     "unreachable": "it could not be reached",
+    "not_approved": "the site, or a quorum of sites, has not approved this very study",
+    "replayed": "a message came again or out of order",
+    "bad_signature": "a message was not signed by who sent it",
+    "unknown_sender": "a message came from nobody in the consortium",
+    "roster_too_small": "too few sites for a secure sum",
+    "roster_changed": "the same sums were asked of other sites before",
+    "bad_key": "no trusted key for the secure sum",
+    "mask_spent": "a mask would have served twice",
+    "overflow": "a sum was too large to hide",
+    "budget_spent": "the privacy budget is spent",
+    "withdrawn": "a patient was withdrawn, and the next cohort is not cut yet",
+    "not_within_bounds": "its rows or sums are not what they can be",
 }
 _WORDS: dict[str, dict[Any, str]] = {
     "model": {
@@ -73,6 +85,8 @@ _MINIMUMS = {
     "cell": "Patients in a cell of a table",
     "test_events": "Test events of a site behind a measure",
     "pooled_patients": "Training patients over all sites",
+    "snapshot": "Patients by which two released cohorts differ",
+    "intervals": "Most intervals of the time grid",
 }
 NONE_RELEASED = "no site could release it"
 

@@ -6,37 +6,34 @@ snapshot that the site ever contributed, to whatever roster: the difference of t
 snapshots is then a sum over as many patients. Whoever asks again after one patient came is
 answered from the same copy, and learns nothing.
 
-Patients are compared by who they are, by outcome and split, and by the values of their features.
-The values depend on the protocol, and another protocol changes everybody's; who is there and how
-they fared does not. That part is therefore compared by itself too: under a new protocol with one
-patient more, the snapshot is cut of the patients and outcomes of the old one.
+What depends on the protocol plays no part in that: under a new protocol with one patient more, the
+snapshot is cut of the patients and outcomes of the old one, and a column that a few patients
+changed stays as it was, see :mod:`flows.cohort_changes`. Who asks the same under two protocols
+learns nothing either.
+
+The number counts patients of the whole cohort: of ten who came, fewer may have a scan, or be held
+out.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+import csv
+import fcntl
+import glob
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
-from modalities.cohort import (
-    DataError,
-    cohort_digest,
-    read_cohort,
-    read_cohort_digest,
-    validate_cohort,
-    write_cohort,
-)
-from modalities.files import fingerprint, replacing
+from flows.cohort_changes import FewChanged, differing, keyed, keyed_patients, settled
+from modalities.cohort import DataError, read_cohort, read_cohort_digest, write_cohort
+from modalities.files import replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator
 
     from anndata import AnnData
     from mudata import MuData
@@ -47,8 +44,9 @@ if TYPE_CHECKING:
 COHORT: Final = "cohort.h5mu"
 FOLDER: Final = "snapshots"
 FEATURES: Final = "features"
+ASSIGNMENTS: Final = "assignments.csv"
 _LEDGER: Final = "ledger.json"
-_OUTCOME: Final = ("event", "time_days", "split", "fold_unit")
+_LOCK: Final = "lock"
 
 
 @dataclass(frozen=True)
@@ -64,14 +62,42 @@ class Released:
     features
         Folder that its bag references count from.
     waiting
-        Patients of the draft that came, left or changed since, too few to be released; at least
-        one, and fewer than the protocol's ``privacy.snapshot``, or 0.
+        Patients of the draft who came, left or changed since and are not in it.
     """
 
     number: int
     cohort: Path
     features: Path
     waiting: int = 0
+
+
+@dataclass(frozen=True)
+class SnapshotState:
+    """What a site has released, as counts.
+
+    Attributes
+    ----------
+    n_snapshots, n_forbidden
+        All, and those that held a patient withdrawn since.
+    last
+        Number of the last one; 0 before the first.
+    n_patients
+        In the last one.
+    n_runs
+        Runs that the snapshots went into.
+    n_withdrawn
+        Patients who are never taken in again.
+    n_waiting
+        Patients of the draft who came, left or changed since the last; None without a draft.
+    """
+
+    n_snapshots: int
+    n_forbidden: int
+    last: int
+    n_patients: int
+    n_runs: int
+    n_withdrawn: int
+    n_waiting: int | None
 
 
 @dataclass(frozen=True)
@@ -115,7 +141,8 @@ class _Ledger:
     @classmethod
     def read(cls, settings: SiteSettings) -> _Ledger:
         path = settings.path(FOLDER, _LEDGER)
-        if not path.exists():
+        # The ledger is there before the first snapshot is, so that a lost one is not a new one.
+        if not path.exists() and not any(path.parent.glob("[0-9]*")):
             return cls(path, [], [])
         try:
             values = json.loads(path.read_text())
@@ -159,137 +186,172 @@ def released(
         If there is no draft, it is damaged or of another protocol, a patient was withdrawn from the
         last snapshot, or too few patients differ to release any cohort under this protocol.
     """
-    ledger, least = _Ledger.read(settings), protocol.privacy.snapshot
-    draft = read_cohort_digest(settings.path(COHORT))
-    known = [x for x in ledger.snapshots if not x.forbidden and x.draft == draft]
-    if known and _is_whole(settings, known[-1]) and known[-1] == ledger.snapshots[-1]:
-        return _used(settings, ledger, known[-1], roster)
-    cohort = read_cohort(settings.path(COHORT))
-    if str(cohort.uns["protocol_fingerprint"]) != protocol.fingerprint():
+    with _held(settings):
+        ledger = _Ledger.read(settings)
+        snapshot, waiting = _chosen(settings, protocol, ledger)
+        names = sorted(roster)
+        if roster and names not in snapshot.rosters:
+            ledger.update(snapshot.number, rosters=[*snapshot.rosters, names])
+        folder = _folder(settings, snapshot.number)
+        if not (folder / COHORT).is_file():
+            raise _damaged(snapshot.number)
+        return Released(snapshot.number, folder / COHORT, folder / FEATURES, waiting)
+
+
+def _chosen(
+    settings: SiteSettings, protocol: StudyProtocol, ledger: _Ledger
+) -> tuple[_Snapshot, int]:
+    """Find or cut the snapshot, and count who of the draft is not in it."""
+    digest, wanted = read_cohort_digest(settings.path(COHORT)), protocol.fingerprint()
+    for known in reversed(ledger.snapshots):
+        if (known.draft, known.protocol, known.forbidden) == (digest, wanted, False):
+            return known, 0
+    draft = read_cohort(settings.path(COHORT))
+    if str(draft.uns["protocol_fingerprint"]) != wanted:
         raise DataError(
             "other_protocol",
             "cohort: found one of another protocol; run `consilium site prepare` again",
         )
-    patients = _keyed_patients(settings.key, cohort)
-    chosen = _choose(ledger, patients, protocol.fingerprint(), least)
-    if isinstance(chosen, _Snapshot):
-        waiting = len(_differing(chosen.patients, patients))
-        return replace(_used(settings, ledger, chosen, roster), waiting=waiting)
-    if chosen is not None:
-        cohort = _frozen_again(settings, cohort, ledger.snapshots[chosen - 1], least)
-        patients = _keyed_patients(settings.key, cohort)
-    snapshot = _cut(settings, ledger, cohort, patients, draft)
-    return _used(settings, ledger, snapshot, roster)
-
-
-def _choose(
-    ledger: _Ledger, patients: dict[str, list[str]], protocol: str, least: int
-) -> _Snapshot | int | None:
-    """Say what to release: an old snapshot, its patients under this protocol, or the draft."""
-    near = [x for x in ledger.snapshots if 0 < len(_differing(x.patients, patients)) < least]
-    near_people = [
-        x
-        for x in ledger.snapshots
-        if 0 < len(_differing(x.patients, patients, facts_only=True)) < least
-    ]
-    same = [x for x in ledger.snapshots if x.patients == patients]
-    if not near and not near_people and not same:
-        return None
-    last = (same or near or near_people)[-1]
-    if last.forbidden:
+    patients = keyed_patients(settings.key, draft)
+    if not set(ledger.withdrawn).isdisjoint(patients):
+        raise DataError(
+            "withdrawn",
+            "cohort: found a patient who was withdrawn; run `consilium site prepare` again",
+        )
+    # A site's own limit holds beside the protocol's.
+    least = max(protocol.privacy.snapshot, int(settings.limits.get("snapshot", 1)))
+    before = _before(ledger, patients, least)
+    if before is None:
+        return _cut(settings, ledger, draft, digest), 0
+    if before.forbidden:
         raise DataError(
             "withdrawn",
             f"cohort: found fewer than {least} patients who differ from a snapshot from which one "
             f"was withdrawn, needed at least {least} before this site takes part again",
         )
-    if same and not near and not near_people and same[-1].protocol == protocol:
-        return same[-1]
-    return last if last.protocol == protocol else last.number
+    snapshot = _as_before(settings, ledger, draft, before, least)
+    return snapshot, differing(snapshot.patients, patients)
 
 
-def _differing(
-    one: Mapping[str, list[str]], other: Mapping[str, list[str]], *, facts_only: bool = False
-) -> set[str]:
-    """Keyed ids of patients who are in one only, or differ; the values do not count as facts."""
-    n = 1 if facts_only else 2
-    return {
-        x for x in {*one, *other}
-        if x not in one or x not in other or one[x][:n] != other[x][:n]
-    }  # fmt: skip
+def _before(ledger: _Ledger, patients: dict[str, list[str]], least: int) -> _Snapshot | None:
+    """Find the last snapshot of all the same patients and outcomes, or else of almost the same."""
+    n_differing = [differing(x.patients, patients, facts_only=True) for x in ledger.snapshots]
+    same = [x for x, n in zip(ledger.snapshots, n_differing, strict=True) if n == 0]
+    near = [x for x, n in zip(ledger.snapshots, n_differing, strict=True) if 0 < n < least]
+    return (same or near or [None])[-1]
 
 
-def _frozen_again(
-    settings: SiteSettings, cohort: MuData, snapshot: _Snapshot, least: int
-) -> MuData:
-    """Features of the draft under a new protocol, patients and outcomes of an old snapshot."""
-    old = read_cohort(_folder(settings, snapshot.number) / COHORT)
-    missing = [x for x in old.obs_names if x not in set(cohort.obs_names)]
-    if missing:
+def _as_before(
+    settings: SiteSettings, ledger: _Ledger, draft: MuData, before: _Snapshot, least: int
+) -> _Snapshot:
+    """Give a snapshot of the same patients and outcomes as one released before.
+
+    It is an old one wherever there is one of this protocol, unless enough patients have other
+    features now.
+    """
+    alike = [
+        x
+        for x in ledger.snapshots
+        if not x.forbidden and not differing(x.patients, before.patients, facts_only=True)
+    ]
+    ours = [x for x in alike if x.protocol == str(draft.uns["protocol_fingerprint"])]
+    patients = keyed_patients(settings.key, draft)
+    if ours and differing(before.patients, patients, facts_only=True):
+        return ours[-1]
+    try:
+        cohort = settled(draft, [_frozen(settings, x) for x in alike], least=least)
+    except FewChanged:
+        if ours:
+            return ours[-1]
         raise DataError(
             "cohort_locked",
-            f"cohort: found that fewer than {least} patients left since snapshot "
-            f"{snapshot.number}, needed them or at least {least} who differ before another "
-            "protocol is run",
-        )
-    again = cohort[old.obs_names.to_numpy()].copy()
-    for column in _OUTCOME:
-        again.obs[column] = old.obs[column].to_numpy()
-    validate_cohort(again)
-    again.uns["cohort_digest"] = cohort_digest(again)
-    return again
+            f"cohort: found that fewer than {least} patients, slides or scans left or changed "
+            f"since snapshot {before.number}, needed them as they were or at least {least} before "
+            "another protocol is run",
+        ) from None
+    patients = keyed_patients(settings.key, cohort)
+    known = [x for x in ours if x.patients == patients]
+    digest = read_cohort_digest(settings.path(COHORT))
+    return known[-1] if known else _cut(settings, ledger, cohort, digest)
 
 
-def _cut(
-    settings: SiteSettings,
-    ledger: _Ledger,
-    cohort: MuData,
-    patients: dict[str, list[str]],
-    draft: str,
-) -> _Snapshot:
+def _frozen(settings: SiteSettings, snapshot: _Snapshot) -> MuData:
+    path = _folder(settings, snapshot.number) / COHORT
+    if not path.is_file():
+        raise _damaged(snapshot.number)
+    return read_cohort(path)
+
+
+def _damaged(number: int) -> DataError:
+    return DataError(
+        "damaged_snapshot",
+        f"{FOLDER}: found snapshot {number} without its cohort, needed it; restore it from a "
+        "backup",
+    )
+
+
+def _cut(settings: SiteSettings, ledger: _Ledger, cohort: MuData, draft: str) -> _Snapshot:
     """Freeze a cohort with the bags that it refers to; the ledger knows of it last."""
+    if not ledger.path.exists():
+        ledger.save()
     number = 1 + max((x.number for x in ledger.snapshots), default=0)
     folder = _folder(settings, number)
     shutil.rmtree(folder, ignore_errors=True)  # of a cut that was killed
+    folder.mkdir(parents=True)
     for reference in _bags(cohort.mod.values()):
         target = folder / FEATURES / reference
         target.parent.mkdir(parents=True, exist_ok=True)
         _link(settings.path(FEATURES, reference), target)
-    folder.mkdir(parents=True, exist_ok=True)
     write_cohort(cohort, folder / COHORT)
-    snapshot = _Snapshot(number, str(cohort.uns["protocol_fingerprint"]), draft, patients)
+    snapshot = _Snapshot(
+        number,
+        str(cohort.uns["protocol_fingerprint"]),
+        draft,
+        keyed_patients(settings.key, cohort),
+    )
     ledger.snapshots.append(snapshot)
     ledger.save()
     return snapshot
 
 
-def _used(
-    settings: SiteSettings, ledger: _Ledger, snapshot: _Snapshot, roster: tuple[str, ...]
-) -> Released:
-    names = sorted(roster)
-    if roster and names not in snapshot.rosters:
-        ledger.update(snapshot.number, rosters=[*snapshot.rosters, names])
-    if not _is_whole(settings, snapshot):
-        raise DataError(
-            "damaged_snapshot",
-            f"{FOLDER}: found snapshot {snapshot.number} without its cohort, needed it; restore "
-            "it from a backup",
-        )
-    folder = _folder(settings, snapshot.number)
-    return Released(snapshot.number, folder / COHORT, folder / FEATURES)
-
-
 def record_run(settings: SiteSettings, number: int, run: str) -> None:
     """Remember that a snapshot went into a run."""
+    with _held(settings):
+        ledger = _Ledger.read(settings)
+        found = next(x for x in ledger.snapshots if x.number == number)
+        if run not in found.runs:
+            ledger.update(number, runs=[*found.runs, run])
+
+
+def snapshot_state(settings: SiteSettings) -> SnapshotState:
+    """Count what a site has released, and who waits for the next snapshot.
+
+    Raises
+    ------
+    DataError
+        If ledger or draft is damaged.
+    """
     ledger = _Ledger.read(settings)
-    found = next(x for x in ledger.snapshots if x.number == number)
-    if run not in found.runs:
-        ledger.update(number, runs=[*found.runs, run])
+    last = ledger.snapshots[-1] if ledger.snapshots else None
+    seen = {} if last is None else last.patients
+    waiting = None
+    if settings.path(COHORT).is_file():
+        waiting = differing(seen, keyed_patients(settings.key, read_cohort(settings.path(COHORT))))
+    return SnapshotState(
+        n_snapshots=len(ledger.snapshots),
+        n_forbidden=sum(x.forbidden for x in ledger.snapshots),
+        last=0 if last is None else last.number,
+        n_patients=len(seen),
+        n_runs=len({run for x in ledger.snapshots for run in x.runs}),
+        n_withdrawn=len(ledger.withdrawn),
+        n_waiting=waiting,
+    )
 
 
 def is_withdrawn(settings: SiteSettings, patient_ids: Iterable[str]) -> dict[str, bool]:
     """Say of each patient whether it was withdrawn, for ever."""
     withdrawn = set(_Ledger.read(settings).withdrawn)
-    return {x: _keyed(settings.key, "patient", x) in withdrawn for x in patient_ids}
+    return {x: keyed(settings.key, "patient", x) in withdrawn for x in patient_ids}
 
 
 def withdraw(settings: SiteSettings, patient_id: str) -> Withdrawal:
@@ -302,36 +364,55 @@ def withdraw(settings: SiteSettings, patient_id: str) -> Withdrawal:
     Raises
     ------
     DataError
-        If no cohort of this site ever held such a patient.
+        If this site never listed such a patient.
     """
-    ledger = _Ledger.read(settings)
-    keyed = _keyed(settings.key, "patient", patient_id)
-    holding = [x for x in ledger.snapshots if keyed in x.patients]
-    if keyed not in ledger.withdrawn:
-        if not holding and not _is_in_draft(settings, patient_id):
-            raise DataError(
-                "unknown_patient",
-                "patient: found nobody of this pseudonym in the site's cohorts, needed one as the "
-                "manifest writes it",
-            )
-        ledger.withdrawn.append(keyed)
-    ledger.snapshots = [
-        replace(x, forbidden=True) if keyed in x.patients else x for x in ledger.snapshots
-    ]
-    ledger.save()
-    removed = sum(_remove(_folder(settings, x.number)) for x in holding)
-    if holding:
-        removed += _remove(settings.path("encoders"))
-    removed += _remove_features(settings, patient_id)
-    runs = sorted({run for x in holding for run in x.runs})
-    for run in runs:
-        removed += _remove(settings.path("runs", run[:12], "patients.csv"))
+    with _held(settings):
+        ledger = _Ledger.read(settings)
+        holding = _forbid(settings, ledger, patient_id)
+        removed = sum(_remove(_folder(settings, x.number)) for x in holding)
+        if holding:
+            removed += _remove(settings.path("encoders"))
+        removed += _remove_features(settings, patient_id)
+        runs = sorted({run for x in holding for run in x.runs})
+        for run in runs:
+            removed += _remove(settings.path("runs", run[:12], "patients.csv"))
     return Withdrawal(removed, tuple(x.number for x in holding), tuple(runs))
 
 
-def _is_in_draft(settings: SiteSettings, patient_id: str) -> bool:
-    path = settings.path(COHORT)
-    return path.is_file() and patient_id in set(read_cohort(path).obs_names)
+def _forbid(settings: SiteSettings, ledger: _Ledger, patient_id: str) -> list[_Snapshot]:
+    """Record a withdrawal, and give the snapshots that must go."""
+    who = keyed(settings.key, "patient", patient_id)
+    holding = [x for x in ledger.snapshots if who in x.patients]
+    if who not in ledger.withdrawn:
+        if not holding and not _is_listed(settings, patient_id):
+            raise DataError(
+                "unknown_patient",
+                "patient: found nobody of this pseudonym in the site's cohorts or manifest, "
+                "needed one as the manifest writes it",
+            )
+        ledger.withdrawn.append(who)
+    ledger.snapshots = [
+        replace(x, forbidden=True) if who in x.patients else x for x in ledger.snapshots
+    ]
+    ledger.save()
+    return holding
+
+
+def _is_listed(settings: SiteSettings, patient_id: str) -> bool:
+    """Whether the site ever took a patient in, or is about to."""
+    return any(
+        row.get("patient_id") == patient_id
+        for path in (settings.path(ASSIGNMENTS), settings.path(settings.manifest))
+        for row in _rows(path)
+    )
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file, skipinitialspace=True, restval=""))
+    return [{k: v.strip() for k, v in row.items() if isinstance(v, str)} for row in rows]
 
 
 def _remove_features(settings: SiteSettings, patient_id: str) -> int:
@@ -344,14 +425,23 @@ def _remove_features(settings: SiteSettings, patient_id: str) -> int:
         if patient_id not in table.obs_names:
             continue
         for reference in _bags([table[[patient_id]]]):
-            bag = settings.path(FEATURES, reference)
-            removed += sum(_remove(x) for x in (bag, bag.with_suffix(".geojson")))
+            removed += _remove_bag(settings.path(FEATURES, reference))
         kept = table[table.obs_names != patient_id].copy()
         with replacing(path) as temporary:
             temporary.unlink()
             kept.write_h5ad(temporary)
+    # Bags that no table names yet go by their slide; another's of that name is made again.
+    for row in _rows(settings.path(settings.manifest)):
+        stem = Path(row.get("path", "")).stem
+        if row.get("patient_id") == patient_id and stem:
+            for bag in sorted(settings.path(FEATURES).glob(f"*/{glob.escape(stem)}-????????.h5")):
+                removed += _remove_bag(bag)
     # The next `site prepare` writes the draft again, without the patient.
     return removed + _remove(settings.path(COHORT))
+
+
+def _remove_bag(path: Path) -> int:
+    return _remove(path) + _remove(path.with_suffix(".geojson"))
 
 
 def _remove(path: Path) -> int:
@@ -369,8 +459,14 @@ def _folder(settings: SiteSettings, number: int) -> Path:
     return settings.path(FOLDER, f"{number:04d}")
 
 
-def _is_whole(settings: SiteSettings, snapshot: _Snapshot) -> bool:
-    return (_folder(settings, snapshot.number) / COHORT).is_file()
+@contextmanager
+def _held(settings: SiteSettings) -> Iterator[None]:
+    """Keep other processes from cutting or deleting snapshots meanwhile."""
+    path = settings.path(FOLDER, _LOCK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _bags(tables: Iterable[AnnData]) -> list[str]:
@@ -394,28 +490,3 @@ def _link(source: Path, target: Path) -> None:
         ) from None
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _keyed(secret: bytes, purpose: str, text: str) -> str:
-    return hmac.new(secret, f"snapshot {purpose}\0{text}".encode(), hashlib.sha256).hexdigest()
-
-
-def _keyed_patients(secret: bytes, cohort: MuData) -> dict[str, list[str]]:
-    """Per keyed id the keyed facts (outcome, split, fold) and the keyed values of all features."""
-    values: dict[str, list[object]] = {x: [] for x in cohort.obs_names}
-    for name, table in sorted(cohort.mod.items()):
-        dense = table.X.toarray() if hasattr(table.X, "toarray") else np.asarray(table.X)
-        bags = table.obs["input_digest"].astype(str) if "bag" in table.obs else [""] * len(dense)
-        spec = str(table.uns["spec_fingerprint"])
-        for patient, row, bag in zip(table.obs_names, dense, bags, strict=True):
-            if patient in values:
-                row = np.ascontiguousarray(row, dtype="<f8") + 0.0  # one zero
-                values[patient].append([name, spec, bag, hashlib.sha256(row.tobytes()).hexdigest()])
-    facts = zip(*(cohort.obs[column].tolist() for column in _OUTCOME), strict=True)
-    return {
-        _keyed(secret, "patient", x): [
-            _keyed(secret, "facts", fingerprint([x, list(fact)])),
-            _keyed(secret, "values", fingerprint([x, values[x]])),
-        ]
-        for x, fact in zip(cohort.obs_names, facts, strict=True)
-    }

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 UNITS: Final = 2**32
 MAX_NOISE_MULTIPLIER: Final = 2.0**20
+_MAX_EPSILON: Final = 1e6
 # Bits of a normal variate after the point: what is beyond changes no probability of a rounded one
 # by more than a factor of 1 + 2^-80.
 _BITS: Final = 128
@@ -60,7 +61,9 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    epsilon: float = Field(default=0.0, ge=0.0, description="privacy loss; 0 for sums as they are")
+    epsilon: float = Field(
+        default=0.0, ge=0.0, le=_MAX_EPSILON, description="privacy loss; 0 for sums as they are"
+    )
     delta: float = Field(default=1e-5, gt=0.0, le=1e-2, description="chance of a larger loss")
     clip_norm: float = Field(
         default=2.0, ge=1e-3, le=1e3, description="longest gradient that one patient adds to a sum"
@@ -92,10 +95,10 @@ def noise_multiplier(epsilon: float, delta: float, n_releases: int = 1) -> float
     Balle and Wang, ICML 2018 (arXiv 1805.06530), whose condition is exact; k Gaussian releases are
     one of a k-th of the variance.
     """
-    if not (0.0 < epsilon < math.inf and 0.0 < delta < 1.0 and n_releases >= 1):
+    if not (0.0 < epsilon <= _MAX_EPSILON and 0.0 < delta < 1.0 and n_releases >= 1):
         raise ValueError(
-            f"noise: found epsilon {epsilon}, delta {delta}, {n_releases} releases, needed a "
-            "finite epsilon above 0, delta between 0 and 1, and at least one release"
+            f"noise: found epsilon {epsilon}, delta {delta}, {n_releases} releases, needed epsilon "
+            f"above 0 and at most {_MAX_EPSILON:g}, delta between 0 and 1, at least one release"
         )
     from dp_accounting import get_sigma_gaussian  # slow to import, and for few
 

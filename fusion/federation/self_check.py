@@ -56,9 +56,8 @@ def _outcome_fault(train: Outcome) -> str | None:
         return "time: found a value that is not finite and positive, needed days > 0"
     if len(train) > 1 and np.ptp(train.time) == 0:
         return "time: found the same for every patient, needed days to event or last contact"
-    if not train.event.any() or train.event.all():
-        share = "no patient" if not train.event.any() else "every patient"
-        return f"event: found it observed for {share}; look at how it is coded and linked"
+    if not train.event.any():
+        return "event: found it observed for no patient; look at how it is coded and linked"
     return None
 
 
