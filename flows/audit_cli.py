@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from flows.identity import PUBLIC_FILE, public_key
+from flows.terminal import Json, Root, Site, UsageError, only_site, opened, print_json, say
 from fusion.audit import (
     LOG_FILE,
     NOTHING,
@@ -25,13 +26,13 @@ from fusion.audit import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-audit_app = typer.Typer(help="What this party did, and whether that still stands.")
+    from fusion.membership import MembershipResult
+
+audit_app = typer.Typer(
+    help="What this party did, whether that still stands, and what its models tell.",
+    no_args_is_help=True,
+)
 _OUT = Console()
-
-
-@audit_app.callback()
-def _audit() -> None:
-    """Keep ``verify`` a command of its own, however many there are."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,6 @@ def verify(
 
     Ends with status 1 if there is one.
     """
-    from flows.terminal import UsageError
-
     if path is not None and root is not None:
         raise UsageError("audit verify: found a path and --root, needed one of them")
     if path is None and (public is not None or against):
@@ -90,6 +89,52 @@ def verify(
         keys = {log: _key_of(log) for log in logs[1:]}
         verdicts = _verdicts(logs, keys | {logs[0]: public or _key_of(logs[0])})
     _show(verdicts, as_json=as_json)
+
+
+@audit_app.command()
+def membership(
+    site: Site = None,
+    models: Annotated[
+        int, typer.Option(min=8, help="Models trained per audit; below 64 none passes.")
+    ] = 128,
+    budget: Annotated[float, typer.Option(min=1.0, help="Most seconds per model.")] = 900.0,
+    root: Root = Path(),
+    as_json: Json = False,
+) -> None:
+    """Attack this site's own models: could they tell who was trained on?
+
+    Trains each of them anew on many halves of the patients and guesses who was in. Nothing leaves
+    the site. Weights of a network are shared only after its audit passed; ends with status 1 where
+    a network whose weights the study shares did not.
+    """
+    from flows.membership import FUSION, audit_site, planned_models
+    from flows.progress import Progress
+    from fusion.membership import Effort
+
+    workspace, protocol = opened(root)
+    settings = workspace.site(only_site(workspace, site))
+    effort = Effort(n_models=models, time_budget_s=budget)
+    with Progress("audit", total=planned_models(protocol, effort)) as progress:
+        results = audit_site(settings, protocol, effort=effort, advance=progress.advance)
+    found = {result.name: result for result in results}
+    if as_json:
+        print_json([result.to_dict() | {"passes": result.passes} for result in results])
+    else:
+        for name in (*protocol.modalities, FUSION):
+            say(_told(name, found.get(name)))
+    failed = [x for x in protocol.audited() if x not in found or not found[x].passes]
+    raise typer.Exit(1 if failed else 0)
+
+
+def _told(name: str, result: MembershipResult | None) -> str:
+    if result is None:
+        return f"{name}: not audited; logs/consilium.log says why"
+    verdict = "passes" if result.passes else "fails"
+    return (
+        f"{name}: {verdict}: AUC {result.auc:.2f} ({result.auc_low:.2f} to {result.auc_high:.2f}), "
+        f"true positives at 5 % false ones {result.tpr_at_5_fpr:.1%} ({result.tpr_low:.1%} to "
+        f"{result.tpr_high:.1%}); {result.n_patients} patients, {result.n_models} models"
+    )
 
 
 def _verdicts(logs: Sequence[Path], keys: Mapping[Path, str]) -> list[_Verdict]:
@@ -121,8 +166,6 @@ def _verdict(log: Path, others: Sequence[Path], public: str) -> _Verdict:
 
 
 def _key_of(log: Path) -> str:
-    from flows.terminal import UsageError
-
     found = public_key(log.parent)
     if found is None:
         raise UsageError(f"{LOG_FILE}: found no {PUBLIC_FILE} beside it; name the key by --public")
@@ -130,8 +173,6 @@ def _key_of(log: Path) -> str:
 
 
 def _log_at(path: Path) -> Path:
-    from flows.terminal import UsageError
-
     found = path / LOG_FILE if path.is_dir() else path
     if not found.is_file():
         raise UsageError(f"{found.name}: found no such log")
@@ -139,8 +180,6 @@ def _log_at(path: Path) -> Path:
 
 
 def _logs_below(root: Path) -> list[Path]:
-    from flows.terminal import UsageError
-
     found = sorted(
         log
         for pattern in (LOG_FILE, f"*/{LOG_FILE}", f"*/*/{LOG_FILE}")

@@ -9,7 +9,7 @@ from flows.approvals import FOLDER as APPROVALS
 from flows.approvals import approve_study, permit, read_approvals, statement_of
 from flows.identity import identity
 from flows.inputs import site_rows
-from flows.loading import load_encoders, load_inputs
+from flows.loading import encoder_key, load_encoders, load_inputs
 from flows.protocol import load_protocol
 from flows.sealed import log_to, note
 from flows.snapshots import record_run, released
@@ -108,7 +108,7 @@ class SitePart:
     def permits(self, request: m.Introduce) -> Refusal | None:
         """Why this run is turned away, or None: its own approval and the quorum's must stand."""
         limits = own_limits(self._settings, self._protocol)
-        return permit(
+        refusal = permit(
             request,
             statement=statement_of(
                 self._protocol, self._consortium, settings=settings_digest(limits)
@@ -117,6 +117,21 @@ class SitePart:
             site=self._settings.name,
             consortium=self._consortium,
         )
+        return refusal or self._unaudited()
+
+    def _unaudited(self) -> Refusal | None:
+        """Why networks do not leave this site, or None: each needs a passed membership audit."""
+        audited = self._protocol.audited()
+        if not audited:
+            return None
+        # Its imports would make every job begin later, and few studies share weights.
+        from flows.membership import may_share_weights
+
+        for name in audited:
+            key = encoder_key(self.rows.cohort, self._protocol, name)
+            if not may_share_weights(self._settings, self._protocol, name, key):
+                return "not_approved"
+        return None
 
     def cohort(self) -> str:
         """Digest, under the site's secret, of the cohort that takes part."""

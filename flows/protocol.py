@@ -266,16 +266,24 @@ class StudyProtocol(_Section):
             )
 
     def _check_weights(self) -> None:
-        """Weights of networks tell who was trained on, until they are audited or made private."""
+        """Let weights of patients' networks cross as totals only; each site audits its own first."""
         sharing = [
             f"encoder.{x}.sharing" for x, e in self.encoder.items() if e.sharing == "weights"
         ]
         shared = [*sharing, *(["fusion.model"] if self.fusion.model == "gated" else [])]
-        if shared and self.study.data == "patients":
+        if shared and self.study.data == "patients" and self.federation.sums != "secure_sum":
             raise ValueError(
                 f"{shared[0]}: found a network trained by averaging weights, which can tell who "
-                "was trained on; it is for study.data simulated or public only"
+                "was trained on, needed federation.sums secure_sum, or study.data simulated or "
+                "public"
             )
+
+    def audited(self) -> tuple[str, ...]:
+        """Models whose weights leave a site only after its own membership audit let them."""
+        if self.study.data != "patients":
+            return ()
+        networks = tuple(x for x in self.modalities if self.encoder[x].sharing == "weights")
+        return networks + (("fusion",) if self.fusion.model == "gated" else ())
 
     def _check_encoder(self, name: str) -> None:
         spec, encoder = self.modality[name], self.encoder[name]

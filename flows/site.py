@@ -23,7 +23,7 @@ from flows.loading import about_encoder, encoder_key, load_inputs
 from flows.progress import Progress
 from flows.protocol import load_protocol
 from flows.sealed import log_to, may_pass, sealed
-from flows.snapshots import COHORT, is_withdrawn, released
+from flows.snapshots import ASSIGNMENTS, COHORT, is_withdrawn, released
 from infra.settings import SiteSettings, Workspace
 from modalities.clinical import read_registry
 from modalities.cohort import (
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from modalities.clinical import Registry
 
 EXCLUDED = "excluded.csv"
-ASSIGNMENTS = "assignments.csv"
 
 
 @dataclass(frozen=True)

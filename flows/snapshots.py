@@ -130,6 +130,7 @@ class _Snapshot:
     rosters: list[list[str]] = field(default_factory=list)
     runs: list[str] = field(default_factory=list)
     forbidden: bool = False
+    waiting: int = 0
 
 
 @dataclass
@@ -205,7 +206,7 @@ def _chosen(
     digest, wanted = read_cohort_digest(settings.path(COHORT)), protocol.fingerprint()
     for known in reversed(ledger.snapshots):
         if (known.draft, known.protocol, known.forbidden) == (digest, wanted, False):
-            return known, 0
+            return known, known.waiting
     draft = read_cohort(settings.path(COHORT))
     if str(draft.uns["protocol_fingerprint"]) != wanted:
         raise DataError(
@@ -230,7 +231,10 @@ def _chosen(
             f"was withdrawn, needed at least {least} before this site takes part again",
         )
     snapshot = _as_before(settings, ledger, draft, before, least)
-    return snapshot, differing(snapshot.patients, patients)
+    waiting = differing(snapshot.patients, patients)
+    if snapshot.draft == digest:
+        ledger.update(snapshot.number, waiting=waiting)
+    return snapshot, waiting
 
 
 def _before(ledger: _Ledger, patients: dict[str, list[str]], least: int) -> _Snapshot | None:
@@ -238,7 +242,8 @@ def _before(ledger: _Ledger, patients: dict[str, list[str]], least: int) -> _Sna
     n_differing = [differing(x.patients, patients, facts_only=True) for x in ledger.snapshots]
     same = [x for x, n in zip(ledger.snapshots, n_differing, strict=True) if n == 0]
     near = [x for x, n in zip(ledger.snapshots, n_differing, strict=True) if 0 < n < least]
-    return (same or near or [None])[-1]
+    found = same or near
+    return found[-1] if found else None
 
 
 def _as_before(

@@ -30,6 +30,7 @@ from fusion.federation.alarms import SiteAlarm, holdout_gain, site_alarms, slope
 from fusion.federation.bounds import BoundsBroken, is_stationary, other_units
 from fusion.federation.conversation import add
 from fusion.federation.self_check import model_fault, self_check
+from fusion.newton import ConvergenceError
 from tests.consortium import EASY, Flaky, run, site_rows, studies_of
 
 if TYPE_CHECKING:
