@@ -101,7 +101,7 @@ def membership(
     root: Root = Path(),
     as_json: Json = False,
 ) -> None:
-    """Attack this site's own models: could they tell who was trained on?
+    """Attack this site's own models, to see whether they tell who was trained on.
 
     Trains each of them anew on many halves of the patients and guesses who was in. Nothing leaves
     the site. Weights of a network are shared only after its audit passed; ends with status 1 where

@@ -266,7 +266,7 @@ class StudyProtocol(_Section):
             )
 
     def _check_weights(self) -> None:
-        """Let weights of patients' networks cross as totals only; each site audits its own first."""
+        """Let weights of patients' networks cross as totals only, after each site's own audit."""
         sharing = [
             f"encoder.{x}.sharing" for x, e in self.encoder.items() if e.sharing == "weights"
         ]

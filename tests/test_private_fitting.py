@@ -140,7 +140,7 @@ def test_gradients_are_those_of_the_log_likelihood() -> None:
         log_rate = theta[3:] + (x @ theta[:3])[:, None]
         return float(np.sum(events * log_rate - days * np.exp(log_rate)))
 
-    at, h = np.concatenate([beta, steps.alpha]), 1e-5
+    at, h = np.concatenate([beta, steps.path[-1]]), 1e-5
     numerical = [
         (log_likelihood(at + h * e) - log_likelihood(at - h * e)) / (2 * h) for e in np.eye(len(at))
     ]
@@ -171,8 +171,8 @@ def test_the_sites_own_intervals_follow_from_noisy_sums_alone() -> None:
     noisy = np.random.default_rng(0).normal(0, 20, 3 + len(EDGES))
     mine, others = steps_of(*SITES[0]), steps_of(*SITES[1])
     np.testing.assert_array_equal(mine.take(noisy), others.take(noisy))
-    np.testing.assert_array_equal(mine.alpha, others.alpha)
-    assert (mine.alpha != -6.5).all()
+    np.testing.assert_array_equal(mine.path, others.path)
+    assert (mine.path[-1] != -6.5).all()
 
 
 @pytest.mark.border
@@ -366,7 +366,7 @@ class TestSiteEnd:
         self.step(end, 4, 0.4)
         found = self.step(restarted, 4, 0.4)
         np.testing.assert_array_equal(found, self.step(end, 4, 0.4))
-        np.testing.assert_array_equal(restarted._fits[PROTOCOL].alpha, end._fits[PROTOCOL].alpha)
+        np.testing.assert_array_equal(restarted._fits[PROTOCOL].path, end._fits[PROTOCOL].path)
 
     def test_a_run_that_starts_over_ends_with_the_same_bits_and_costs_nothing(
         self, tmp_path: Path
@@ -397,8 +397,7 @@ def test_with_a_huge_budget_the_baseline_is_that_of_the_rows() -> None:
     for end, (x, y) in zip(ends, SITES, strict=True):
         events, exposure, risk = end.intervals(beta, x)
         expected = interval_sums(x @ beta, y.event, y.time, EDGES)
-        np.testing.assert_allclose(events, expected[0], atol=0.8)
-        np.testing.assert_allclose(exposure, expected[1], rtol=0.15)
+        np.testing.assert_allclose(events / exposure, expected[0] / expected[1], rtol=0.15)
         np.testing.assert_allclose(risk[:2], [len(x), (x @ beta).mean()], atol=0.02)
         assert risk[2] == pytest.approx(((x @ beta) ** 2).sum(), rel=0.05)
 

@@ -69,6 +69,10 @@ _LEAST_SHARE: Final = 0.05
 _CAUTION: Final = 1.5
 # Of a log hazard whose inputs are standardised, the variance lies here, whatever the noise says.
 _RISK_VARIANCE: Final = (0.25, 4.0)
+# Intervals of a site differ in their log hazards with about this standard deviation, and what the
+# steps settle on is within this share of the events.
+_INTERVAL_SPREAD: Final = 0.5
+_SETTLED_WITHIN: Final = 0.2
 # Clipping stretches coefficients by 2 to 10% in simulations; one step from no effect finds less
 # than half.
 _BIAS_OF_STEPS: Final = 0.15
@@ -192,6 +196,12 @@ class Opening:
         return Opening(self.n_events * share, self.log_rate, self.precision * share)
 
 
+def _kept_share(spread: ArrayLike, noise: ArrayLike) -> Floats:
+    """Share of what is seen to be kept: its best guess, where it is spread like this about 0."""
+    variance = np.square(spread)
+    return np.asarray(variance / (variance + np.square(noise)))
+
+
 class NoisySteps:
     """One site's end of one fit: gradients patient by patient, and the site's own intervals.
 
@@ -205,15 +215,16 @@ class NoisySteps:
         (k,) right ends of the intervals.
     opening
         Of these patients.
+    noise
+        Standard deviation of the noise of a step; the more, the less an interval is moved by one.
 
     Attributes
     ----------
     events
         (n, k) ones where a patient's event is in an interval.
-    alpha
-        (k,) log hazard per day of the site's intervals at zero inputs. It follows from noisy sums.
-    taken
-        How many steps were taken.
+    path
+        Per step taken, and first before any, (k,) log hazard per day of the site's intervals at
+        zero inputs. They follow from noisy sums.
     """
 
     def __init__(
@@ -224,31 +235,41 @@ class NoisySteps:
         *,
         edges_days: ArrayLike,
         opening: Opening,
+        noise: float = 0.0,
     ) -> None:
         self._inputs = np.asarray(inputs, dtype=np.float64)
         self.events, self._days = cells(event, time, edges_days)
-        self._precision = opening.precision
-        self.alpha = np.full(self.events.shape[1], opening.log_rate)
-        self.taken = 0
+        self.precision = np.maximum(opening.precision, 1.0)
+        self._gain = _kept_share(_INTERVAL_SPREAD, noise / self.precision)
+        self.path = [np.full(self.events.shape[1], opening.log_rate)]
 
-    def expected(self, coefficients: Floats) -> Floats:
-        """(n, k) events that the model expects of each patient in each interval."""
+    @property
+    def taken(self) -> int:
+        """How many steps were taken."""
+        return len(self.path) - 1
+
+    @property
+    def settled(self) -> Floats:
+        """(k,) average of the intervals' log hazards over the last half of the steps."""
+        return np.asarray(np.mean(self.path[1 + self.taken // 2 :], axis=0))
+
+    def residuals(self, coefficients: Floats, alpha: Floats) -> Floats:
+        """(n, k) events of each patient in each interval, less those that the model expects."""
         with np.errstate(over="ignore", invalid="ignore"):
             log_hazard = np.nan_to_num(self._inputs @ coefficients, nan=0.0)
         bounded = np.clip(log_hazard, -_MOST_LOG_HAZARD, _MOST_LOG_HAZARD)
-        return np.asarray(np.exp(self.alpha + bounded[:, None]) * self._days)
+        return np.asarray(self.events - np.exp(alpha + bounded[:, None]) * self._days)
 
     def gradients(self, coefficients: Floats) -> Floats:
         """(n, p + k) gradient of each patient, for the coefficients and for the intervals."""
-        residual = self.events - self.expected(coefficients)
+        residual = self.residuals(coefficients, self.path[-1])
         return np.hstack([self._inputs * residual.sum(axis=1, keepdims=True), residual])
 
     def take(self, noisy: Floats) -> Floats:
         """(p,) part that leaves of a noisy sum of gradients; the site steps on by the rest."""
         p = self._inputs.shape[1]
-        step = noisy[p:] / np.maximum(self._precision, 1.0)
-        self.alpha = self.alpha + np.clip(step, -1.0, 1.0)
-        self.taken += 1
+        step = self._gain * noisy[p:] / self.precision
+        self.path.append(self.path[-1] + np.clip(step, -1.0, 1.0))
         return noisy[:p]
 
     def step(self, coefficients: Floats, *, clip_norm: float, noise_multiplier: float) -> Floats:
@@ -351,25 +372,31 @@ class SitePrivacy:
         Returns
         -------
         events, exposure
-            (k,) observed events, and hazard-weighted days; not negative.
+            (k,) events, and hazard-weighted days; not negative. What the steps settled on is
+            corrected by how far observed and expected events differ, less where noise hides it.
         risk
             (3,) count, mean and summed squared deviations of the log hazard.
         """
         state = self._state(PROTOCOL, inputs, self._outcome)
         if state.taken < self._plan.steps:
             raise NotReleased("malformed_request")
-        length = float(np.linalg.norm(coefficients))
+        length, alpha = float(np.linalg.norm(coefficients)), state.settled
         halves = np.clip(inputs @ coefficients / max(2.0 * length, 1e-300), -2.0, 2.0)[:, None]
 
         def vectors() -> Floats:
-            return np.hstack([state.events, state.expected(coefficients), halves, halves**2])
+            return np.hstack([state.residuals(coefficients, alpha), halves, halves**2])
 
         noisy = self._release("baseline", 0, coefficients, vectors, self._plan.baseline)
-        k, n = len(self._edges), len(inputs)
-        events, expected = np.maximum(noisy[:k], 0.0), np.maximum(noisy[k:-2], 0.0)
+        expected, noise = state.precision / _CAUTION, self._noise(self._plan.baseline)
+        more = noisy[:-2] * _kept_share(_SETTLED_WITHIN * expected, noise)
+        n = len(inputs)
         mean, square = noisy[-2:] / n * (2.0, 4.0)
         variance = float(np.clip(square - mean**2, *_RISK_VARIANCE)) * length**2
-        return events, expected * np.exp(-state.alpha), np.array([n, mean * length, variance * n])
+        risk = np.array([n, mean * length, variance * n])
+        return np.maximum(expected + more, 0.0), expected * np.exp(-alpha), risk
+
+    def _noise(self, multiplier: float) -> float:
+        return multiplier * self._plan.budget.clip_norm
 
     def _opening(self) -> Opening:
         if self._opened is None:
@@ -387,7 +414,12 @@ class SitePrivacy:
         if fit not in self._fits:
             part = self._opening().for_part(len(outcome) / len(self._outcome))
             self._fits[fit] = NoisySteps(
-                inputs, outcome.event, outcome.time, edges_days=self._edges, opening=part
+                inputs,
+                outcome.event,
+                outcome.time,
+                edges_days=self._edges,
+                opening=part,
+                noise=self._noise(self._plan.step),
             )
         return self._fits[fit]
 
@@ -466,8 +498,8 @@ class PrivateFit:
         :math:`A^{-1} D A^{-1} + A^{-1} V A^{-1} / m + b^2 \hat\beta\hat\beta^\top` with
         curvature :math:`D`, penalised :math:`A`, noise variance :math:`V` of a step, :math:`m`
         steps averaged, and :math:`b` the share by which clipping stretches or few steps shrink the
-        estimate: 0.15, or 1.5 for one shot. Taken from simulations; approximate, and for inputs that
-        go together strongly rather too small.
+        estimate: 0.15, or 1.5 for one shot. Taken from simulations; approximate, and rather too
+        small for inputs that go together strongly.
     """
 
     n_inputs: int
