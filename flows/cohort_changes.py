@@ -104,9 +104,9 @@ def _settled_table(table: AnnData, old: AnnData, least: int) -> AnnData:
         raise FewChanged
     table = table[~table.obs_names.isin(came)].copy()
     before = old[table.obs_names]
-    same_slides = (table.obs["input_digest"] == before.obs["input_digest"]).to_numpy()
+    was, is_ = (x.obs["input_digest"].astype(str).to_numpy() for x in (before, table))
     is_same_spec = table.uns["spec_fingerprint"] == before.uns["spec_fingerprint"]
-    if "bag" in table.obs and is_same_spec and _is_few((~same_slides).sum(), least):
+    if "bag" in table.obs and is_same_spec and _is_few(int((was != is_).sum()), least):
         raise FewChanged
     names = [x for x in table.var_names if x in set(before.var_names)]
     now, then = _dense(table[:, names]), _dense(before[:, names])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -82,63 +83,71 @@ class AnswerLedger:
 
     def __init__(self, path: Path | None = None) -> None:
         self._books: dict[str, Book] = {}
-        self._last = ""
+        self._last, self._end = "", 0
         self._file: Any = None
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        self._file = os.fdopen(descriptor, "r+b")
+        # Unbuffered: what a full disk did not take must not be written when there is room again.
+        self._file = os.fdopen(descriptor, "r+b", buffering=0)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            _lock(descriptor)
+            self._read()
+        except BaseException:
             self._file.close()
-            raise LedgerDamaged(
-                "ledger of answers: found another process at it, needed this site's only one"
-            ) from None
-        self._read()
+            raise
+        _keep_name(path)
 
     def open(self, key: str) -> Book:
         """Give the record of one protocol, cohort and roster, all in its key."""
         return self._books.setdefault(key, Book(key, self))
 
     def close(self) -> None:
-        """Let another process have the file."""
+        """Let another process have the file; nothing can be counted here any more."""
         if self._file is not None:
             self._file.close()
-            self._file = None
 
     def write(self, entries: Sequence[dict[str, str]]) -> None:
         """Put entries on the disk before their answer leaves.
 
         Raises
         ------
-        OSError
-            If the disk does not take them; nothing may leave then.
+        OSError, ValueError
+            If the disk does not take them, or the ledger is closed; nothing may leave then.
         """
         last, lines = self._last, []
         for entry in entries:
             lines.append(canonical_json(entry | {"check": _check(last, entry)}))
             last = digest(lines[-1])
         if self._file is not None:
-            at = self._file.tell()
-            try:
-                self._file.write(b"".join(line + b"\n" for line in lines))
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            except OSError:
-                self._file.seek(at)
-                self._file.truncate(at)
-                raise
+            self._append(b"".join(line + b"\n" for line in lines))
         self._last = last
 
+    def _append(self, data: bytes) -> None:
+        self._cut_to_end()  # again, if it did not work when the disk was full
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            with suppress(OSError):
+                self._cut_to_end()
+            raise
+        self._end += len(data)
+
+    def _cut_to_end(self) -> None:
+        self._file.truncate(self._end)
+        self._file.seek(self._end)
+
     def _read(self) -> None:
-        content: bytes = self._file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), start=1):
+        *lines, torn = self._file.read().split(b"\n")
+        for number, line in enumerate(lines, start=1):
             self._take(line, number)
-        self._file.seek(len(whole))
-        self._file.truncate()
+            self._end += len(line) + 1
+        if torn:
+            self._cut_to_end()
 
     def _take(self, line: bytes, number: int) -> None:
         try:
@@ -154,6 +163,24 @@ class AnswerLedger:
                 "whole; restore it from a backup, or ask the oversight board"
             ) from None
         self._last = digest(line)
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise LedgerDamaged(
+            "ledger of answers: found another process at it, needed this site's only one"
+        ) from None
+
+
+def _keep_name(path: Path) -> None:
+    """Put the name of a file that may be new on the disk too."""
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _check(last: str, entry: dict[str, str]) -> str:
