@@ -255,13 +255,17 @@ def _run_folder(root: Path, run: str | None) -> Path:
 def study_init(
     name: Annotated[str, typer.Argument(help="Short lower-case name, as lung-os.")],
     root: Root = Path(),
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Secure sums, and differential privacy of epsilon 3.")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Write a commented study.toml."""
     from flows.demo import template
     from flows.protocol import read_protocol_text
 
-    text = template("study.toml").format(name=name)
+    profile = {"sums": "secure_sum", "epsilon": 3} if strict else {"sums": "plain", "epsilon": 0}
+    text = template("study.toml").format(name=name, **profile)
     read_protocol_text(text, source="study.toml")
     write_new(root / STUDY_FILE, text, force=force)
 

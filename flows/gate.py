@@ -14,6 +14,7 @@ from flows.protocol import load_protocol
 from flows.sealed import log_to, note
 from flows.snapshots import record_run, released
 from fusion.audit import LOG_FILE, AuditLog
+from fusion.differential_privacy import PrivacyLedger
 from fusion.federation import SiteStudy
 from fusion.federation.answered import AnswerLedger
 from fusion.federation.envelope import SiteDesk
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fusion.privacy import MinimumCounts, Refusal
     from infra.settings import SiteSettings
 
+PRIVACY = "privacy.jsonl"
 ANSWERED = "answered.jsonl"
 
 
@@ -48,6 +50,15 @@ def own_limits(settings: SiteSettings, protocol: StudyProtocol) -> MinimumCounts
     asked = protocol.privacy
     own = type(asked).model_validate(asked.model_dump() | dict(settings.limits))
     return asked.strictest(own)
+
+
+def privacy_ledger(settings: SiteSettings, protocol: StudyProtocol) -> PrivacyLedger | None:
+    """Give the site's only record of noisy releases, over all studies; None without a budget."""
+    budget = protocol.differential_privacy
+    if not budget.is_on:
+        return None
+    epsilon = budget.epsilon if settings.epsilon is None else settings.epsilon
+    return PrivacyLedger(settings.path(PRIVACY), epsilon=epsilon, delta=budget.delta)
 
 
 def settings_digest(limits: MinimumCounts) -> str:
@@ -151,6 +162,7 @@ class SitePart:
             self.rows,
             identity=SiteIdentity(settings.name, self._key, self._consortium.sites),
             book=book,
+            ledger=privacy_ledger(settings, protocol),
             on_error=note,
         )
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Protocol
 
 from flows.federated import Federation, FederationRefused, federation
-from flows.gate import own_limits
+from flows.gate import own_limits, privacy_ledger
 from flows.identity import identity
 from flows.inputs import keyed_digest, site_rows
 from flows.loading import load_encoders, load_inputs
@@ -114,6 +114,7 @@ class InMemory:
                 self._protocol.plan(plan.run, minimum=own_limits(found, self._protocol)),
                 site_rows(inputs[site], local[site], self._protocol),
                 identity=SiteIdentity(site, keys[site], trusted),
+                ledger=privacy_ledger(found, self._protocol),
                 on_error=note,
             )
         self._transport = InProcess(studies)

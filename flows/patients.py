@@ -43,7 +43,7 @@ def patient_table(
         modality. Training patients are scored by encoders that did not see them, where the study
         was cross-fitted.
     """
-    columns = study.columns(PROTOCOL)
+    columns = study.designs.model_columns(PROTOCOL)
     whole = np.full((len(inputs.time), len(model.modalities)), np.nan)
     whole[inputs.train], whole[~inputs.train] = columns.train, columns.test
     table = pd.DataFrame(index=pd.Index(inputs.patient_ids, name="patient_id"))

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flows.subgroups import level_names
+from fusion.differential_privacy import Budget
 from fusion.encoder_spec import EncoderSpec, random_projection
 from fusion.federation import RESERVED_NAMES, AveragingPlan, FederationPlan
 from fusion.late import RIDGES
@@ -186,6 +187,7 @@ class StudyProtocol(_Section):
     evaluation: EvaluationSection = EvaluationSection()
     federation: FederationSection = FederationSection()
     privacy: MinimumCounts = MinimumCounts()
+    differential_privacy: Budget = Budget()
     gates: GateSection = GateSection()
 
     @field_validator("modality", mode="before")
@@ -237,6 +239,8 @@ class StudyProtocol(_Section):
                 f"study.grid_days: found {len(self.study.grid_days)} intervals, needed at most "
                 f"{self.privacy.intervals} (privacy.intervals); join some"
             )
+        if self.differential_privacy.is_on:
+            self._check_private()
         lowered = self.privacy.lowered()
         if lowered and self.study.data == "patients":
             raise ValueError(
@@ -276,6 +280,18 @@ class StudyProtocol(_Section):
                 f"{shared[0]}: found a network trained by averaging weights, which can tell who "
                 "was trained on, needed federation.sums secure_sum, or study.data simulated or "
                 "public"
+            )
+
+    def _check_private(self) -> None:
+        """Noise is made for linear models of sums, and for nothing else that would leave."""
+        beyond = [f"encoder.{x}.sharing" for x, e in self.encoder.items() if e.sharing == "weights"]
+        beyond += [f"encoder.{x}.l1_ratio" for x, e in self.encoder.items() if e.l1_ratio]
+        beyond += ["fusion.model"] if self.fusion.model != "cox" else []
+        beyond += ["evaluation.leave_one_site_out"] if self.evaluation.leave_one_site_out else []
+        if beyond:
+            raise ValueError(
+                f"{beyond[0]}: found it beside differential_privacy.epsilon, needed encoders that "
+                "share sums or nothing, without l1, a cox fusion model, and no site left out"
             )
 
     def audited(self) -> tuple[str, ...]:
@@ -410,6 +426,7 @@ class StudyProtocol(_Section):
             thresholds=self.evaluation.thresholds,
             leave_one_site_out=self.evaluation.leave_one_site_out,
             secure_sum=self.federation.sums == "secure_sum",
+            budget=self.differential_privacy,
             min_sites=self.federation.min_sites,
             minimum=self.privacy if minimum is None else minimum,
             study=self.study.name,
@@ -557,7 +574,7 @@ def _hint(keys: list[str]) -> str:
     section: dict[str, type[BaseModel]] = {
         "study": StudySection, "fusion": FusionSection, "federation": FederationSection,
         "privacy": MinimumCounts, "gates": GateSection, "encoder": EncoderSpec,
-        "evaluation": EvaluationSection,
+        "evaluation": EvaluationSection, "differential_privacy": Budget,
     }  # fmt: skip
     known: list[str] = (
         list(section[keys[0]].model_fields)

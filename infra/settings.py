@@ -35,6 +35,12 @@ class SiteSettings(BaseSettings):
     secret: SecretStr = Field(
         min_length=32, description="key of the site's digests and of its train/test split"
     )
+    epsilon: float | None = Field(
+        default=None,
+        gt=0,
+        description="privacy budget of this site's patients over all studies, for ever; the first "
+        "study's own where not given",
+    )
     limits: dict[str, int] = Field(
         default_factory=dict,
         description="minimum counts of this site's own, as [privacy] of a study names them; they "

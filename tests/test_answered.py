@@ -1,15 +1,17 @@
-"""The record of what a site answered: no restart, run or full disk buys more, or costs twice."""
+"""What a site has answered is kept: neither another run's name nor a kill buys one more answer."""
 
 from __future__ import annotations
 
-import errno
+import json
+import os
 import resource
-import stat
+import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+import threading
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,53 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusion import messages as m
-from fusion.federation import InProcess, SiteStudy, run_federation
-from fusion.federation.answered import AnswerLedger, Book, LedgerDamaged
+from fusion.federation import SiteStudy
+from fusion.federation.answered import AnswerLedger, LedgerDamaged
 from fusion.federation.site import MAX_SUMS_PER_FIT, RERUNS
-from tests.consortium import (
-    EASY,
-    GRID,
-    N_CLINICAL,
-    N_RADIOLOGY,
-    PLAN,
-    Overheard,
-    identities_of,
-    raise_,
-    site_rows,
-    small,
-)
+from tests.consortium import EASY, GRID, Asker, site_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
-    from fusion.federation import FederationPlan
-
-BOOK = "b" * 64
-
-
-def run_of(number: int) -> str:
-    return f"{number:064x}"
-
-
-@contextmanager
-def ledger_at(path: Path) -> Iterator[AnswerLedger]:
-    ledger = AnswerLedger(path)
-    try:
-        yield ledger
-    finally:
-        ledger.close()
-
-
-def spent(path: Path) -> dict[str, set[str]]:
-    with ledger_at(path) as ledger:
-        return ledger.open(BOOK).spent
-
-
-def fill(path: Path, *requests: str, most: int = 9) -> None:
-    with ledger_at(path) as ledger:
-        for request in requests:
-            assert ledger.open(BOOK).spend([("sums", request, most)])
+ROOT = Path(__file__).resolve().parents[1]
+KEY, OTHER = "a" * 64, "b" * 64
+pytestmark = pytest.mark.border
 
 
 @pytest.fixture
@@ -71,364 +37,277 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "site" / "answered.jsonl"
 
 
-@pytest.mark.border
-def test_different_requests_count_and_the_same_again_is_free(path: Path) -> None:
-    with ledger_at(path) as ledger:
-        book = ledger.open(BOOK)
-        for request in "aabbba":
-            assert book.spend([("sums", request, 2)])
-        assert not book.spend([("sums", "c", 2)])
-        assert book.spend([("sums", "a", 2)])
-        assert book.spend([("other", "c", 1)])
-    assert spent(path) == {"sums": {"a", "b"}, "other": {"c"}}
+def reopened(path: Path) -> AnswerLedger:
+    return AnswerLedger(path, wait_s=0.0)
 
 
-@pytest.mark.border
-def test_one_request_over_its_budget_lets_none_of_its_message_through(path: Path) -> None:
-    with ledger_at(path) as ledger:
-        book = ledger.open(BOOK)
-        assert not book.spend([("one", "a", 1), ("two", "a", 1), ("two", "b", 1)])
-        assert path.read_bytes() == b""
-        assert book.spend([("one", "b", 1), ("two", "b", 1)])
+@pytest.fixture(params=["memory", "disk"])
+def ledger(request: pytest.FixtureRequest, path: Path) -> Iterator[AnswerLedger]:
+    found = AnswerLedger(None if request.param == "memory" else path)
+    yield found
+    found.close()
 
 
-@pytest.mark.border
-def test_what_was_answered_is_known_after_a_restart(path: Path) -> None:
-    fill(path, "a", "b")
-    with ledger_at(path) as ledger:
-        book = ledger.open(BOOK)
-        assert not book.spend([("sums", "c", 2)])
-        assert book.spend([("sums", "b", 2)])
-        assert ledger.open("other").spend([("sums", "c", 2)])
+def test_the_same_request_is_free_and_another_is_counted(ledger: AnswerLedger) -> None:
+    book = ledger.open(KEY)
+    assert book.spend([("sums", "1", 2)])
+    assert book.spend([("sums", "1", 2)])
+    assert book.spend([("sums", "2", 2)])
+    assert not book.spend([("sums", "3", 2)])
+    assert book.spend([("sums", "1", 2), ("sums", "2", 2)])
+    assert book.spend([("moments", "3", 1)])
 
 
-@pytest.mark.border
-@settings(max_examples=60, deadline=None)
+def test_what_may_be_asked_once_stays_at_its_first_form(ledger: AnswerLedger) -> None:
+    book = ledger.open(KEY)
+    assert book.spend([("evaluation", "first", 1)])
+    assert not book.spend([("evaluation", "second", 1)])
+    assert book.spend([("evaluation", "first", 1)])
+
+
+def test_of_requests_together_none_is_counted_where_one_is_over(ledger: AnswerLedger) -> None:
+    book = ledger.open(KEY)
+    assert book.spend([("a", "1", 1)])
+    assert not book.spend([("b", "1", 1), ("a", "2", 1)])
+    assert book.spend([("b", "2", 1)])
+    assert not book.spend([("c", "1", 2), ("c", "2", 2), ("c", "3", 2)])
+    assert book.spend([("c", "3", 1)])
+
+
+def test_another_cohort_has_a_book_of_its_own(ledger: AnswerLedger) -> None:
+    assert ledger.open(KEY).spend([("a", "1", 1)])
+    assert ledger.open(OTHER).spend([("a", "2", 1)])
+    assert not ledger.open(KEY).spend([("a", "2", 1)])
+    assert ledger.open(KEY) is ledger.open(KEY)
+
+
+def test_a_restart_gives_no_second_budget(path: Path) -> None:
+    for name in ("1", "2", "3"):
+        with_ = AnswerLedger(path)
+        assert with_.open(KEY).spend([("sums", name, 2)]) == (name != "3")
+        with_.close()
+    again = AnswerLedger(path).open(KEY)
+    assert again.spent == {"sums": {"1", "2"}}
+    assert again.spend([("sums", "2", 2)])
+
+
+@settings(max_examples=30, deadline=None)
 @given(
-    asked=st.lists(st.tuples(st.sampled_from("xy"), st.integers(0, 5)), max_size=25),
-    most=st.integers(1, 4),
-    restarts=st.sets(st.integers(0, 24)),
+    asked=st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz"), st.integers(0, 3))),
+    restarts=st.sets(st.integers(0, 20)),
 )
-def test_no_order_of_requests_and_restarts_buys_more(
+def test_restarts_change_no_decision(
     tmp_path_factory: pytest.TempPathFactory,
-    asked: list[tuple[str, int]],
-    most: int,
+    asked: list[tuple[str, str, int]],
     restarts: set[int],
 ) -> None:
-    path = tmp_path_factory.mktemp("any") / "answered.jsonl"
-    ledger, seen = AnswerLedger(path), dict[str, set[int]]()
-    for at, (counter, request) in enumerate(asked):
-        if at in restarts:
-            ledger.close()
-            ledger = AnswerLedger(path)
-        known = seen.setdefault(counter, set())
-        granted = ledger.open(BOOK).spend([(counter, str(request), most)])
-        assert granted == (request in known or len(known) < most)
-        if granted:
-            known.add(request)
-    ledger.close()
+    path = tmp_path_factory.mktemp("site") / "answered.jsonl"
+    never, kept = AnswerLedger(), AnswerLedger(path)
+    for number, one in enumerate(asked):
+        if number in restarts:
+            kept.close()
+            kept = AnswerLedger(path)
+        assert kept.open(KEY).spend([one]) == never.open(KEY).spend([one])
+    kept.close()
 
 
-def test_the_record_is_the_owners(path: Path) -> None:
-    fill(path, "a")
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-
-
-@pytest.mark.border
-def test_a_last_line_that_was_not_finished_is_dropped(path: Path) -> None:
-    fill(path, "a", "b")
-    whole = path.read_bytes()
-    for size in range(whole.index(b"\n") + 1, len(whole)):
-        path.write_bytes(whole[:size])
-        assert spent(path) == {"sums": {"a"}}
-        assert path.read_bytes() == whole[: whole.index(b"\n") + 1]
-    fill(path, "b")
-    assert path.read_bytes() == whole
-
-
-@pytest.mark.border
-def test_a_byte_changed_anywhere_is_noticed(path: Path) -> None:
-    fill(path, "a", "b", "c")
-    whole = path.read_bytes()
-    for at in range(len(whole) - 1):  # without its last byte, the last line is an unfinished one
-        for other in {whole[at] ^ 1, *b'\n\r"'} - {whole[at]}:
-            path.write_bytes(whole[:at] + bytes([other]) + whole[at + 1 :])
-            with pytest.raises(LedgerDamaged, match=r"line \d other than it was written"):
-                AnswerLedger(path)
-
-
-@pytest.mark.border
-@pytest.mark.parametrize(
-    "edit",
-    [lambda x: x[1:], lambda x: x[::-1], lambda x: [x[0], *x], lambda x: [x[0], x[2]]],
-    ids=["first line gone", "other order", "line twice", "line gone"],
-)
-def test_lines_that_go_or_move_are_noticed(path: Path, edit: Callable[[Any], Any]) -> None:
-    fill(path, "a", "b", "c")
-    path.write_bytes(b"".join(edit(path.read_bytes().splitlines(keepends=True))))
-    with pytest.raises(LedgerDamaged, match="restore it from a backup"):
-        AnswerLedger(path)
-
-
-@pytest.mark.border
-def test_two_processes_never_count_side_by_side(path: Path) -> None:
-    script = (
-        "import sys, pathlib; from fusion.federation.answered import *\n"
-        "try: AnswerLedger(pathlib.Path(sys.argv[1]))\n"
-        "except LedgerDamaged as error: sys.exit(str(error))"
-    )
-    command = [sys.executable, "-c", script, str(path)]
-    with ledger_at(path):
-        other = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-        assert other.returncode == 1
-        assert "found another process at it" in other.stderr
-        with pytest.raises(LedgerDamaged):
-            AnswerLedger(path)
-    assert subprocess.run(command, check=False, timeout=60).returncode == 0
-
-
-def test_a_closed_record_counts_nothing(path: Path) -> None:
-    with ledger_at(path) as ledger:
-        book = ledger.open(BOOK)
-    with pytest.raises(ValueError, match="closed"):
-        book.spend([("sums", "a", 1)])
-
-
-@contextmanager
-def room_for(n_bytes: int) -> Iterator[None]:
-    """Let no file grow beyond this size: like a full disk, writes are cut short and then fail."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.border
-@pytest.mark.parametrize("room", [0, 1, 100, 250])
-def test_on_a_full_disk_nothing_is_counted_and_the_file_stays_whole(path: Path, room: int) -> None:
-    fill(path, "a")
-    before = path.read_bytes()
-    with ledger_at(path) as ledger:
-        book = ledger.open(BOOK)
-        with room_for(len(before) + room), pytest.raises(OSError, match="too large"):
-            book.spend([("sums", "b", 9), ("sums", "c", 9)])
-        assert path.read_bytes() == before
-        assert book.spent["sums"] == {"a"}
-        assert book.spend([("sums", "d", 2)])  # there is room again
-    assert spent(path) == {"sums": {"a", "d"}}
-
-
-@pytest.mark.border
-@pytest.mark.parametrize("also_cut", [False, True])
-def test_where_the_disk_does_not_keep_it_nothing_is_counted(
-    path: Path, monkeypatch: pytest.MonkeyPatch, also_cut: bool
+def test_an_answer_is_on_the_disk_before_it_leaves(
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: object) -> None:
-        raise OSError(errno.EIO, "the disk is gone")
-
-    fill(path, "a")
-    with ledger_at(path) as ledger:
-        book = ledger.open(BOOK)
-        with monkeypatch.context() as patch:
-            patch.setattr("fusion.federation.answered.os.fsync", fails)
-            if also_cut:
-                cut, n = ledger._cut_to_end, iter([True, False])
-                patch.setattr(ledger, "_cut_to_end", lambda: cut() if next(n) else fails())
-            with pytest.raises(OSError, match="the disk is gone"):
-                book.spend([("sums", "b", 9)])
-        assert book.spend([("sums", "c", 2)])
-    assert spent(path) == {"sums": {"a", "c"}}
+    synced: list[bytes] = []
+    ledger = AnswerLedger(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: synced.append(path.read_bytes()))
+        assert ledger.open(KEY).spend([("sums", "1", 2), ("sums", "2", 2)])
+    (content,) = synced
+    assert content == path.read_bytes()
+    assert [json.loads(x)["request"] for x in content.splitlines()] == ["1", "2"]
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
-class ByHand:
-    """A coordinator by hand, in one run after the other with a site that keeps a record."""
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fusion.federation.answered import AnswerLedger
+book = AnswerLedger(Path(sys.argv[1])).open("a" * 64)
+for number in range(10_000):
+    assert book.spend([("sums", str(number), 10_000)])
+    print(number, flush=True)
+"""
 
-    def __init__(self, book: Book, run: int = 1, *, plan: FederationPlan = PLAN) -> None:
-        self.run = run_of(run)
-        self.errors: list[Exception] = []
-        self.study = SiteStudy(
-            replace(plan, run=self.run), site_rows(300, 1), book=book, on_error=self.errors.append
-        )
 
-    def __call__(self, request: Any) -> m.Message:
-        return m.decode(self.study.answer(m.encode(replace(request, run=self.run))))
+def test_kill_9_loses_no_answer_that_left(path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _KILLED, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        while int(process.stdout.readline()) < 40:
+            pass
+        os.kill(process.pid, signal.SIGKILL)
+        told = 41 + len([x for x in process.stdout.read().splitlines() if x])
+    book = reopened(path).open(KEY)
+    assert {str(n) for n in range(told)} <= book.spent["sums"]
+    assert len(book.spent["sums"]) <= told + 1
 
-    def scaled(self, by: float = 1.0) -> ByHand:
-        told = m.SetScaling(
-            self.run, 1, ("clinical",), np.full((1, N_CLINICAL), 50.0), np.full((1, N_CLINICAL), by)
-        )
-        assert self(told) == m.Done()
-        return self
+
+def three(path: Path) -> list[bytes]:
+    ledger = AnswerLedger(path)
+    for name in ("1", "2", "3"):
+        assert ledger.open(KEY).spend([("sums", name, 9)])
+    ledger.close()
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def test_a_torn_last_line_was_never_answered(path: Path) -> None:
+    lines = three(path)
+    whole = b"".join(lines)
+    for cut in range(1, len(lines[2]) + 1):
+        path.write_bytes(whole[:-cut])
+        ledger = AnswerLedger(path)
+        assert ledger.open(KEY).spent["sums"] == {"1", "2"}
+        assert ledger.open(KEY).spend([("sums", "4", 9)])
+        ledger.close()
+        again = AnswerLedger(path)
+        assert again.open(KEY).spent["sums"] == {"1", "2", "4"}
+        again.close()
+
+
+DAMAGE: dict[str, Callable[[list[bytes]], list[bytes]]] = {
+    "a request changed": lambda x: [x[0], x[1].replace(b'"request":"2"', b'"request":"1"'), x[2]],
+    "another book": lambda x: [x[0].replace(b"aaaa", b"aaab", 1), *x[1:]],
+    "a line dropped": lambda x: [x[0], x[2]],
+    "the first line dropped": lambda x: x[1:],
+    "a line twice": lambda x: [x[0], x[1], x[1], x[2]],
+    "two lines swapped": lambda x: [x[1], x[0], x[2]],
+    "an empty line": lambda x: [x[0], b"\n", *x[1:]],
+    "zeros": lambda x: [x[0], b"\0" * 100 + b"\n", *x[1:]],
+    "not an entry": lambda x: [*x, b"[]\n"],
+    "text": lambda x: [*x, b"\xff\xfe\n"],
+    "a line torn in the middle": lambda x: [x[0], x[1][:-10] + b"\n", x[2]],
+    "the last line changed": lambda x: [*x[:2], x[2].replace(b'"3"', b'"7"')],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_ledger_answers_nothing_and_is_left_as_it_is(
+    path: Path, damage: Callable[[list[bytes]], list[bytes]]
+) -> None:
+    path.write_bytes(b"".join(damage(three(path))))
+    content = path.read_bytes()
+    for _ in range(2):  # nor the second time
+        with pytest.raises(LedgerDamaged, match=r"found line [1-4] other than it was written"):
+            reopened(path)
+    assert path.read_bytes() == content
+
+
+@settings(max_examples=40, deadline=None)
+@given(at=st.integers(0, 10_000), byte=st.integers(1, 255))
+def test_no_changed_byte_gives_an_answer_back(
+    tmp_path_factory: pytest.TempPathFactory, at: int, byte: int
+) -> None:
+    path = tmp_path_factory.mktemp("site") / "answered.jsonl"
+    content = bytearray(b"".join(three(path)))
+    content[at % (len(content) - 1)] ^= byte  # the last newline alone is as if torn
+    path.write_bytes(content)
+    with pytest.raises(LedgerDamaged):
+        reopened(path)
+
+
+def test_two_processes_do_not_count_side_by_side(path: Path) -> None:
+    first = AnswerLedger(path)
+    with pytest.raises(LedgerDamaged, match="found another process"):
+        reopened(path)
+    timer = threading.Timer(0.2, first.close)
+    timer.start()
+    AnswerLedger(path).close()  # one that is ending is waited for
+    timer.join()
+
+
+def test_a_closed_ledger_counts_nothing(path: Path) -> None:
+    ledger = AnswerLedger(path)
+    book = ledger.open(KEY)
+    ledger.close()
+    ledger.close()
+    with pytest.raises(LedgerDamaged, match="found it closed"):
+        book.spend([("sums", "1", 2)])
+    assert book.spent["sums"] == set()
+
+
+def test_a_full_disk_gives_no_answer_and_spoils_nothing(path: Path) -> None:
+    three(path)
+    ledger, size = AnswerLedger(path), path.stat().st_size
+    book = ledger.open(KEY)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 30, hard))
+        for _ in range(2):
+            with pytest.raises(OSError, match="File too large"):
+                book.spend([("sums", "4", 9)])
+            assert path.stat().st_size == size
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert book.spend([("sums", "5", 9)])
+    ledger.close()
+    assert AnswerLedger(path).open(KEY).spent["sums"] == {"1", "2", "3", "5"}
+
+
+def test_many_at_once_spend_no_more_than_there_is(ledger: AnswerLedger) -> None:
+    book, given_ = ledger.open(KEY), []
+    start = threading.Barrier(8)
+
+    def _ask(number: int) -> None:
+        start.wait()
+        given_.append(book.spend([("sums", str(number), 3)]))
+
+    threads = [threading.Thread(target=_ask, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(given_) == 3
+
+
+class Restarted(Asker):
+    """A coordinator by hand, of one more run with a site that was started anew."""
+
+    def __init__(self, path: Path, run: int) -> None:
+        self.plan = replace(EASY, run=f"{run:064x}")
+        self._ledger = AnswerLedger(path)
+        self.study = SiteStudy(self.plan, site_rows(300, 1), book=self._ledger.open(KEY))
 
     def sums(self, value: float) -> m.Message:
-        at = np.full((1, N_CLINICAL), value)
-        return self(m.AskSums(self.run, 2, ("clinical",), at))
+        width = self.plan.n_inputs("clinical")
+        return self(m.AskSums(self.plan.run, 5, ("clinical",), np.full((1, width), value)))
 
-    def intervals(self, value: float) -> m.Message:
-        at = np.full((len(PLAN.arms), N_RADIOLOGY), value)
-        return self(m.AskIntervals(self.run, 9, PLAN.arms, at))
-
-
-def refused(code: str) -> m.Refused:
-    return m.Refused(code)
+    def close(self) -> None:
+        self._ledger.close()
 
 
-@pytest.mark.border
-def test_another_run_does_not_buy_a_second_budget_of_sums(path: Path) -> None:
-    values = (0.001 * i for i in range(10_000))
-    n_sums = 0
+def test_a_site_gives_no_more_sums_to_runs_of_other_names(path: Path) -> None:
+    """A coordinator may end a run and begin another, each time at coefficients of its own."""
+    n_given = 0
     for run in range(2 * RERUNS):
-        with ledger_at(path) as ledger:
-            ask = ByHand(ledger.open(BOOK), run).scaled()
-            for _ in range(MAX_SUMS_PER_FIT + 1):
-                reply = ask.sums(next(values))
-                n_sums += isinstance(reply, m.Sums)
-            assert reply == refused("rounds_spent")
-    assert n_sums == RERUNS * MAX_SUMS_PER_FIT
-    with ledger_at(path) as ledger:
-        assert isinstance(ByHand(ledger.open(BOOK), 99).scaled().sums(0.0), m.Sums)
+        ask = Restarted(path, run).scaled()
+        for number in range(MAX_SUMS_PER_FIT):
+            reply = ask.sums(run + number / 1000)
+            n_given += isinstance(reply, m.Sums)
+        ask.close()
+    assert n_given == RERUNS * MAX_SUMS_PER_FIT
+    last = Restarted(path, 99).scaled()
+    assert last.sums(99.0) == m.Refused("rounds_spent")
+    # The very first request tells nothing new, and is answered.
+    assert isinstance(last.sums(0.0), m.Sums)
+    last.close()
 
 
-@pytest.mark.border
-def test_another_run_does_not_buy_another_grid_for_ever(path: Path) -> None:
-    grids = [GRID[list(kept)] for kept in ((4,), (3, 4), (2, 4), (1, 4), (2, 3, 4))]
+def test_a_site_evaluates_no_more_models_in_runs_of_other_names(path: Path) -> None:
     codes = []
-    for run, grid in enumerate([*grids, grids[0]]):
-        with ledger_at(path) as ledger:
-            ask = ByHand(ledger.open(BOOK), run, plan=EASY)
-            reply = ask(m.SetGrid(run_of(run), 1, grid))
-            codes.append(reply.code if isinstance(reply, m.Refused) else "")
-    assert codes == [*[""] * RERUNS, "rounds_spent", "rounds_spent", ""]
-
-
-@pytest.mark.border
-@pytest.mark.xfail(
-    strict=True,
-    reason="site.py: a fresh scaling makes fresh sums of coefficients that were counted before",
-)
-def test_another_scaling_does_not_buy_a_second_budget_of_sums() -> None:
-    book = AnswerLedger().open(BOOK)
-    told = set()
-    for run in range(RERUNS + 3):
-        ask = ByHand(book, run)
-        ones = np.ones((1, N_CLINICAL))
-        reply = ask(m.SetScaling(ask.run, 1, ("clinical",), 50.0 * ones, (1.0 + run) * ones))
-        if reply == m.Done():
-            sums = ask.sums(0.1)
-            assert isinstance(sums, m.Sums)
-            told.add(sums.gradient.tobytes())
-    assert len(told) <= RERUNS
-
-
-def test_a_request_over_budget_uses_none_of_it(path: Path) -> None:
-    with ledger_at(path) as ledger:
-        asked = [("sums", f"{i}", 3) for i in range(4)]
-        assert not ledger.open(BOOK).spend(asked)
-        assert ledger.open(BOOK).spend(asked[:3])
-
-
-@pytest.mark.border
-def test_an_identical_rerun_is_free_and_equal(tmp_path: Path) -> None:
-    rows = small(200, 180)
-    heard, sizes = [], []
     for run in range(RERUNS + 2):
-        plan = replace(EASY, run=run_of(run))
-        ledgers = {site: AnswerLedger(tmp_path / site / "answered.jsonl") for site in rows}
-        studies = {
-            site: SiteStudy(plan, found, book=ledgers[site].open(BOOK), on_error=raise_)
-            for site, found in rows.items()
-        }
-        talk = Overheard(InProcess(studies))
-        run_federation(plan, talk)
-        heard.append([m.encode(r) for _, replies in talk.heard for r in replies.values()])
-        for ledger in ledgers.values():
-            ledger.close()
-        sizes.append([path.stat().st_size for path in sorted(tmp_path.rglob("*.jsonl"))])
-    assert all(x == heard[0] for x in heard)
-    assert all(x == sizes[0] for x in sizes)
-    assert min(sizes[0]) > 0
-
-
-@pytest.mark.border
-def test_on_a_full_disk_nothing_is_answered_and_nothing_charged(path: Path) -> None:
-    with ledger_at(path) as ledger:
-        ask = ByHand(ledger.open(BOOK)).scaled()
-        assert isinstance(ask.sums(0.0), m.Sums)
-        size = path.stat().st_size
-        with room_for(size + 20):
-            assert ask.sums(0.1) == refused("site_error")
-            assert isinstance(ask.sums(0.0), m.Sums)  # told before
-        assert [type(x) for x in ask.errors] == [OSError]
-        assert path.stat().st_size == size
-        assert isinstance(ask.sums(0.1), m.Sums)
-    assert all(len(x) == 2 for x in spent(path).values())
-
-
-NAMES = tuple(f"site-0{i}" for i in range(1, 5))
-
-
-class Masked:
-    """One site of four, and a coordinator by hand who picks the roster of a secure sum."""
-
-    def __init__(self, ledger: AnswerLedger, roster: tuple[str, ...], *, run: int) -> None:
-        rows = small(260, 240, 250, 240)
-        plan = replace(EASY, run=run_of(run), secure_sum=True)
-        self.run = plan.run
-        identities = identities_of(rows)
-        books = {site: AnswerLedger().open(BOOK) for site in rows} | {"site-01": ledger.open(BOOK)}
-        self.studies = {
-            s: SiteStudy(plan, rows[s], identity=identities[s], book=books[s]) for s in roster
-        }
-        keys: list[Any] = [self(m.AskKey(self.run, 1, roster), s) for s in roster]
-        told = m.SetKeys(
-            self.run, 1, roster,
-            np.array([k.public for k in keys]), np.array([k.signature for k in keys]),
-        )  # fmt: skip
-        ones = np.ones((1, N_CLINICAL))
-        for site in roster:
-            assert self(told, site) == m.Done()
-            assert self(m.SetScaling(self.run, 1, ("clinical",), 50 * ones, ones), site) == m.Done()
-
-    def __call__(self, request: m.Message, site: str = "site-01") -> m.Message:
-        return m.decode(self.studies[site].answer(m.encode(request)))
-
-    def sums(self, value: float, number: int = 2) -> m.Message:
-        at = np.full((1, N_CLINICAL), value)
-        return self(m.AskSums(self.run, number, ("clinical",), at))
-
-
-@pytest.mark.border
-def test_coefficients_told_to_one_roster_are_not_told_to_another_even_after_a_restart(
-    path: Path,
-) -> None:
-    with ledger_at(path) as ledger:
-        assert isinstance(Masked(ledger, NAMES, run=1).sums(0.1), m.Masked)
-        fewer = Masked(ledger, NAMES[:3], run=2)
-        assert fewer.sums(0.1) == refused("roster_changed")
-        assert isinstance(fewer.sums(0.2), m.Masked)
-    with ledger_at(path) as ledger:
-        assert Masked(ledger, NAMES[:3], run=3).sums(0.1) == refused("roster_changed")
-        whole = Masked(ledger, NAMES, run=4)
-        assert isinstance(whole.sums(0.1), m.Masked)
-        assert whole.sums(0.2, 3) == refused("roster_changed")
-
-
-@pytest.mark.border
-@pytest.mark.xfail(
-    strict=True,
-    reason="masking.py: moments have no coefficients and are told to every roster that asks",
-)
-def test_moments_told_to_one_roster_are_not_told_to_another() -> None:
-    ledger = AnswerLedger()
-    for run, roster in ((1, NAMES), (2, NAMES[:3])):
-        ask = Masked(ledger, roster, run=run)
-        reply = ask(m.AskMoments(ask.run, 2, ("clinical",)))
-    assert reply == refused("roster_changed")
-
-
-def test_the_record_names_no_patient_and_no_value(path: Path) -> None:
-    with ledger_at(path) as ledger:
-        ByHand(ledger.open(BOOK)).scaled().sums(0.123456789)
-    assert "0.123456789" not in path.read_text()
+        ask = Restarted(path, run).scaled().gridded(GRID[-1])
+        cuts = np.tile([-0.5, 0.5 + run / 100], (len(ask.plan.arms), 1))
+        reply = ask(ask.evaluation(run=ask.plan.run, groups=cuts))
+        codes.append(reply.code if isinstance(reply, m.Refused) else "")
+        ask.close()
+    assert codes == [""] * RERUNS + ["rounds_spent"] * 2

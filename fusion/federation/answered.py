@@ -10,9 +10,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from fusion.keys import canonical_json, digest
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _CHECK: Final = 16
+_POLL_S: Final = 0.05
 
 
 class LedgerDamaged(RuntimeError):
@@ -43,7 +46,16 @@ class Book:
         asked
             Per request the name of its counter, its digest, and how many different ones the
             counter allows; one that was counted before costs nothing.
+
+        Raises
+        ------
+        OSError, LedgerDamaged
+            If the disk does not take it; nothing may leave then.
         """
+        with self.ledger.lock:
+            return self._spend(asked)
+
+    def _spend(self, asked: Sequence[tuple[str, str, int]]) -> bool:
         new: dict[str, set[str]] = {}
         for counter, request, most in asked:
             seen = self.spent.setdefault(counter, set())
@@ -74,80 +86,89 @@ class AnswerLedger:
     ----------
     path
         File; None keeps the record in memory only, for simulation.
+    wait_s
+        How long to wait for a process that has the file open and may be ending.
 
     Raises
     ------
     LedgerDamaged
-        If a line is not as it was written, or another process has the file open.
+        If a line is not as it was written, or another process keeps the file open.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, *, wait_s: float = 10.0) -> None:
+        self.lock = threading.Lock()
         self._books: dict[str, Book] = {}
-        self._last, self._end = "", 0
-        self._file: Any = None
+        self._last = ""
+        self._is_kept, self._file = path is not None, -1
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        # Unbuffered: what a full disk did not take must not be written when there is room again.
-        self._file = os.fdopen(descriptor, "r+b", buffering=0)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            _lock(descriptor)
+            os.fchmod(self._file, 0o600)
+            _hold(self._file, wait_s)
             self._read()
+            _sync_folder(path.parent)
         except BaseException:
-            self._file.close()
+            self.close()
             raise
-        _keep_name(path)
 
     def open(self, key: str) -> Book:
         """Give the record of one protocol, cohort and roster, all in its key."""
         return self._books.setdefault(key, Book(key, self))
 
     def close(self) -> None:
-        """Let another process have the file; nothing can be counted here any more."""
-        if self._file is not None:
-            self._file.close()
+        """Let another process have the file; from now on nothing can be counted in it."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __del__(self) -> None:
+        self.close()
 
     def write(self, entries: Sequence[dict[str, str]]) -> None:
         """Put entries on the disk before their answer leaves.
 
         Raises
         ------
-        OSError, ValueError
-            If the disk does not take them, or the ledger is closed; nothing may leave then.
+        OSError
+            If the disk does not take them; nothing may leave then.
+        LedgerDamaged
+            If the ledger was closed.
         """
         last, lines = self._last, []
         for entry in entries:
             lines.append(canonical_json(entry | {"check": _check(last, entry)}))
             last = digest(lines[-1])
-        if self._file is not None:
+        if self._is_kept:
             self._append(b"".join(line + b"\n" for line in lines))
         self._last = last
 
-    def _append(self, data: bytes) -> None:
-        self._cut_to_end()  # again, if it did not work when the disk was full
+    def _append(self, content: bytes) -> None:
+        if self._file < 0:
+            raise LedgerDamaged("ledger of answers: found it closed, needed it open")
+        at = os.lseek(self._file, 0, os.SEEK_END)
         try:
-            rest = memoryview(data)
+            rest = memoryview(content)
             while rest:
-                rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
+                rest = rest[os.write(self._file, rest) :]
+            os.fsync(self._file)
         except OSError:
-            with suppress(OSError):
-                self._cut_to_end()
+            # What is half there must not stand before the next line.
+            try:
+                os.ftruncate(self._file, at)
+            except OSError:
+                self.close()
             raise
-        self._end += len(data)
-
-    def _cut_to_end(self) -> None:
-        self._file.truncate(self._end)
-        self._file.seek(self._end)
 
     def _read(self) -> None:
-        *lines, torn = self._file.read().split(b"\n")
-        for number, line in enumerate(lines, start=1):
+        with os.fdopen(os.dup(self._file), "rb") as file:
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             self._take(line, number)
-            self._end += len(line) + 1
-        if torn:
-            self._cut_to_end()
+        if len(whole) < len(content):
+            os.ftruncate(self._file, len(whole))
 
     def _take(self, line: bytes, number: int) -> None:
         try:
@@ -185,3 +206,26 @@ def _keep_name(path: Path) -> None:
 
 def _check(last: str, entry: dict[str, str]) -> str:
     return digest(last.encode() + canonical_json(entry))[:_CHECK]
+
+
+def _hold(file: int, wait_s: float) -> None:
+    """Lock the file for this process; one that was killed lets go of it by itself."""
+    until = time.monotonic() + wait_s
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        if time.monotonic() >= until:
+            raise LedgerDamaged(
+                "ledger of answers: found another process at it, needed this site's only one"
+            )
+        time.sleep(_POLL_S)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a new file's name on the disk too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

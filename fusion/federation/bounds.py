@@ -188,7 +188,7 @@ class Watch:
             reason = description_fault(reply)
         elif isinstance(reply, m.DesignMoments):
             reason = moments_fault(reply, self.behind(sites, PROTOCOL))
-        elif isinstance(reply, m.Intervals):
+        elif isinstance(reply, m.Intervals) and not self.plan.private:
             reason = intervals_fault(reply, self.behind(sites, PROTOCOL), self.plan.edges_days)
         elif isinstance(reply, m.Evaluation):
             reason = evaluation_fault(reply, outcomes[sites[0]])

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
+# Sums of training rows to which nothing is added; with a privacy budget they are not given.
+_NEVER_NOISY = (
+    m.AskMoments, m.SetScaling, m.AskProducts, m.AskUpdates, m.SetNetworks, m.AskEdges, m.SetGrid,
+)  # fmt: skip
 _PAIR_SUMS = 9
 _LIFE_SUMS = 3
 _CALIBRATION_SUMS = 7
@@ -32,6 +36,8 @@ _DECISION_SUMS = 9
 
 def is_within(request: m.Message, plan: FederationPlan) -> bool:
     """Whether the plan provides for this request, in its names, shapes and grid."""
+    if plan.private and isinstance(request, _NEVER_NOISY):
+        return False
     check = _REQUESTS.get(type(request))
     return check is None or bool(check(request, plan))
 
@@ -140,9 +146,9 @@ def _roster(request: m.AskKey | m.SetKeys, plan: FederationPlan) -> bool:
 
 
 def _steps(request: m.AskPrivateSteps, plan: FederationPlan) -> bool:
-    return _one_of_each(request.fits, plan.private_fits) and request.coefficients.shape[1] == max(
-        plan.n_coefficients(fit) for fit in request.fits
-    )
+    if not (plan.private and _one_of_each(request.fits, plan.private_fits)):
+        return False
+    return request.coefficients.shape[1] == max(plan.n_coefficients(x) for x in request.fits)
 
 
 _REQUESTS: dict[type, Any] = {

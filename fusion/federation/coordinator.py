@@ -30,6 +30,7 @@ from fusion.federation.fitting import (
     sums_of,
 )
 from fusion.federation.plan import CALIBRATION_SLOPE, PROTOCOL, FederationPlan
+from fusion.federation.private_fitting import PrivateFit, PrivateTalk, fit_privately, schedule
 from fusion.late import (
     CoxModel,
     GatedModel,
@@ -38,7 +39,7 @@ from fusion.late import (
     baseline_hazard,
 )
 from fusion.late.gated import initial_gated_weights
-from fusion.newton import ConvergenceError, NewtonFit
+from fusion.newton import ConvergenceError, LikelihoodSums, NewtonFit
 from fusion.survival import Moments
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ class Coordinator:
         self.talk = Conversation(plan, transport, on_round, left_out)
         self.fit_rounds: dict[str, int] = {}
         self._alarms: tuple[SiteAlarm, ...] = ()
+        self._private: PrivateTalk | None = None
         self._checkpoint = checkpoint
 
     @property
@@ -208,6 +210,8 @@ class Coordinator:
         offered = [x for x in self.plan.sums if x in self.talk.offered]
         if not offered:
             return {}, {}
+        if self.plan.private:
+            return self._fit_linear_privately(offered)
         scaling = self.talk.scale(offered, stage="encoder_moments")
         axes = self._reduce([x for x in offered if x in self.plan.components])
         ridge = choose_ridges(self.talk, offered, self._new_encoder, stage="encoder_ridge")
@@ -239,6 +243,52 @@ class Coordinator:
         }
         return encoders, {x: ridge[x] for x in fitted}
 
+    def _fit_linear_privately(
+        self, offered: Sequence[str]
+    ) -> tuple[dict[str, LinearEncoder], dict[str, float]]:
+        """Fit whole encoders of columns that each site has standardised for itself."""
+        axes = self._reduce([x for x in offered if x in self.plan.components])
+        fits = self._fit_privately(offered, stage="encoders")
+        self.talk.tell(
+            m.SetEncoders(
+                self.plan.run,
+                self.talk.number,
+                tuple(fits),
+                stack([fit.coefficients for fit in fits.values()]),
+            ),
+            stage="encoders_ready",
+        )
+        encoders = {
+            x: LinearEncoder(
+                modality=x,
+                inputs=self.plan.sums[x],
+                mean=np.zeros(self.plan.n_inputs(x)),
+                scale=np.ones(self.plan.n_inputs(x)),
+                coefficients=_unreduced(axes.get(x), fit.coefficients),
+                cross_fitted=False,
+            )
+            for x, fit in fits.items()
+        }
+        return encoders, {x: fit.ridge for x, fit in fits.items()}
+
+    def _fit_privately(self, names: Sequence[str], *, stage: str) -> dict[str, PrivateFit]:
+        """Fit from noisy sums; the penalty is the middle one, since choosing one would cost."""
+        if self._private is None:
+            self._private = PrivateTalk(self.talk, stage=stage)
+            self._private.open()
+        self._private.stage = stage
+        plan = schedule(self.plan.budget, self.plan.private_fits)
+        fits = {
+            x: PrivateFit(
+                self.plan.n_coefficients(x),
+                ridge=self.plan.ridges(x)[len(self.plan.ridges(x)) // 2],
+            )
+            for x in names
+        }
+        fit_privately(self._private, fits, plan)
+        self.fit_rounds |= dict.fromkeys(fits, plan.steps)
+        return fits
+
     def _new_encoder(self, modality: str, ridge: float) -> NewtonFit:
         share = self.plan.l1_ratio.get(modality, 0.0)
         return NewtonFit(
@@ -252,7 +302,7 @@ class Coordinator:
         """(p, k) axes of a PCA over all sites, or of a random projection where a site refuses."""
         if not modalities:
             return {}
-        allowed = [x for x in modalities if self.talk.reduces[x]]
+        allowed = [x for x in modalities if self.talk.reduces[x] and not self.plan.private]
         axes = {
             x: random_projection(self.plan.n_inputs(x), self.plan.components[x], 0)
             for x in modalities
@@ -301,6 +351,8 @@ class Coordinator:
 
     def fit_fusion(self) -> FusionFit:
         """Fit the fusion model of every arm, its baseline hazard and its risk groups."""
+        if self.plan.private:
+            return self._fit_fusion_privately()
         edges = self.talk.agree_on_grid()
         arms = self.plan.arms
         scaling = self.talk.scale(arms, stage="fusion_moments")
@@ -312,18 +364,15 @@ class Coordinator:
         gates = {PROTOCOL: gated}
         models = {
             arm: self._model(
-                fits[arm].newton,
+                fits[arm].newton.candidate,
+                fits[arm].newton.covariance,
                 {"mean": scaling[arm][0], "scale": scaling[arm][1], "edges_days": edges},
                 hazard[row],
                 gates.get(arm),
             )
             for row, arm in enumerate(arms)
         }
-        cuts = ndtri(np.arange(1, self.plan.n_risk_groups) / self.plan.n_risk_groups)
-        groups = {
-            arm: tuple(float(x) for x in risk.mean[row] + cuts * risk.scale[row])
-            for row, arm in enumerate(arms)
-        }
+        groups = self._groups(risk, arms)
         fit = fits[PROTOCOL]
         self._alarms = slope_alarms(fit.newton, fit.by_site, first=self.plan.n_baseline)
         return FusionFit(
@@ -334,6 +383,35 @@ class Coordinator:
             n_events=fit.newton.n_events,
             ridge=ridge[PROTOCOL],
         )
+
+    def _fit_fusion_privately(self) -> FusionFit:
+        found = self._fit_privately([PROTOCOL], stage="fusion")[PROTOCOL]
+        hazard, risk = self._baseline({PROTOCOL: found.coefficients})
+        n = len(self.plan.modalities)
+        scaling = {
+            "mean": np.zeros(n),
+            "scale": np.ones(n),
+            "edges_days": np.array(self.plan.edges_days),
+        }
+        p, events = found.n_inputs, round(found.n_events)
+        nothing = LikelihoodSums(0.0, np.zeros(p), np.zeros((p, p)), int(found.n_patients), events)
+        model = self._model(found.coefficients, found.covariance, scaling, hazard[0], None)
+        return FusionFit(
+            models={PROTOCOL: model},
+            groups=self._groups(risk, (PROTOCOL,)),
+            heterogeneity=heterogeneity(found.coefficients, [nothing]),
+            n_patients=int(found.n_patients),
+            n_events=events,
+            ridge=found.ridge,
+        )
+
+    def _groups(self, risk: Moments, arms: Sequence[str]) -> dict[str, tuple[float, ...]]:
+        """Per arm the cuts of the log hazard between risk groups, at normal quantiles."""
+        cuts = ndtri(np.arange(1, self.plan.n_risk_groups) / self.plan.n_risk_groups)
+        return {
+            arm: tuple(float(x) for x in risk.mean[row] + cuts * risk.scale[row])
+            for row, arm in enumerate(arms)
+        }
 
     def _new_fusion(self, arm: str, ridge: float) -> NewtonFit:
         free = np.zeros(self.plan.n_baseline)
@@ -355,17 +433,22 @@ class Coordinator:
         return fits[PROTOCOL].candidate
 
     def _model(
-        self, fit: NewtonFit, scaling: dict[str, Floats], hazard: Floats, gates: Floats | None
+        self,
+        coefficients: Floats,
+        covariance: Floats,
+        scaling: dict[str, Floats],
+        hazard: Floats,
+        gates: Floats | None,
     ) -> FusionModel:
         k = self.plan.n_baseline
         of_arm: dict[str, Any] = {
             "modalities": self.plan.modalities,
-            "coefficients": fit.candidate[k:],
-            "covariance": fit.covariance[k:, k:],
+            "coefficients": coefficients[k:],
+            "covariance": covariance[k:, k:],
             **scaling,
         }
         if k:
-            return LogisticHazardModel(**of_arm, alpha=fit.candidate[:k])
+            return LogisticHazardModel(**of_arm, alpha=coefficients[:k])
         if gates is not None:
             hidden = self.plan.gating_hidden
             return GatedModel(**of_arm, hazard_per_day=hazard, weights=gates, hidden=hidden)

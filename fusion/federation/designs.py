@@ -10,6 +10,7 @@ import numpy as np
 from fusion.federation.plan import CALIBRATION_SLOPE, LOCAL_ENCODERS, fold_of, without
 from fusion.federation.rows import Outcome, Split
 from fusion.late import fusion_inputs, linear_inputs
+from fusion.survival import moments
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,6 +43,8 @@ class SiteDesigns:
         Per modality the (p, k) axes that reduce its scaled inputs.
     encoded
         Per modality the log hazards of the consortium's encoder.
+    encoder_lengths
+        Norm of its coefficients, where a privacy budget leaves each site to scale for itself.
     slope
         Test log hazards whose calibration slope is asked for; ``slope_baseline`` are the log odds
         of a discrete model's intervals.
@@ -52,6 +55,7 @@ class SiteDesigns:
     scaling: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
     axes: dict[str, Floats] = field(default_factory=dict)
     encoded: dict[str, Split] = field(default_factory=dict)
+    encoder_lengths: dict[str, float] = field(default_factory=dict)
     slope: Floats | None = None
     slope_baseline: Floats = field(default_factory=lambda: np.zeros(0))
     _matrices: dict[tuple[str, int | None], tuple[Floats, Outcome]] = field(default_factory=dict)
@@ -155,7 +159,7 @@ class SiteDesigns:
 
     def scaled(self, modality: str) -> Split:
         """(n, p) standardised inputs of a shared table, before any reduction."""
-        table, scaling = self.rows.tables[modality], self.scaling[modality]
+        table, scaling = self.rows.tables[modality], self._scaling(modality)
         return Split(linear_inputs(table.train, *scaling), linear_inputs(table.test, *scaling))
 
     def shared_inputs(self, modality: str) -> Split:
@@ -181,7 +185,7 @@ class SiteDesigns:
         Products with such a flag would tell the few patients' other inputs. A flag that the arm
         raises for everybody is down too: it says nothing.
         """
-        inputs = fusion_inputs(self.fusion_columns(arm), *self.scaling[arm])
+        inputs = fusion_inputs(self.fusion_columns(arm), *self._scaling(arm))
         flags = inputs[:, len(self.plan.modalities) :]
         flags[:, flags.sum(axis=0) < self.plan.minimum.cell] = 0.0
         for at, modality in enumerate(self.plan.modalities):
@@ -209,7 +213,41 @@ class SiteDesigns:
 
     def test_inputs(self, arm: str) -> Floats:
         """(n_tested, 2 m) fusion inputs of the rows that are evaluated."""
-        return fusion_inputs(self.columns(arm).test[self.tested], *self.scaling[arm])
+        return fusion_inputs(self.columns(arm).test[self.tested], *self._scaling(arm))
+
+    def model_columns(self, arm: str) -> Split:
+        """(n, m) columns as the run's model reads them: scaled here where the site scales."""
+        found = self.columns(arm)
+        if not self.plan.private:
+            return found
+        mean, scale = self._scaling(arm)
+        return Split((found.train - mean) / scale, (found.test - mean) / scale)
+
+    def _scaling(self, design: str) -> tuple[Floats, Floats]:
+        """Mean and scale of a design's columns: agreed on, or this site's own under a budget."""
+        if self.plan.private and design not in self.scaling:
+            self.scaling[design] = (
+                self._own_scaling(self.rows.tables[design])
+                if design in self.plan.sums
+                else self._arm_scaling(design)
+            )
+        return self.scaling[design]
+
+    def _own_scaling(self, columns: Split) -> tuple[Floats, Floats]:
+        found = moments(columns.train if self.trains else columns.test)
+        return found.mean, np.where(found.scale > 0, found.scale, 1.0)
+
+    def _arm_scaling(self, arm: str) -> tuple[Floats, Floats]:
+        """Scale shared columns by a public number; a local encoder's by the site's own rows."""
+        mean, scale = np.zeros(len(self.plan.modalities)), np.ones(len(self.plan.modalities))
+        for at, modality in enumerate(self.plan.modalities):
+            if modality in self.plan.shared:
+                scale[at] = self.encoder_lengths.get(modality, 0.0) or 1.0
+            else:
+                column = self._column(arm, modality)
+                own = self._own_scaling(Split(column.train[:, None], column.test[:, None]))
+                mean[at], scale[at] = own[0][0], own[1][0]
+        return mean, scale
 
     def design(self, fit: str) -> tuple[Floats, Outcome]:
         """(n, p) inputs of a fit from sums, and the outcome of the rows behind them.

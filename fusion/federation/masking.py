@@ -90,7 +90,7 @@ class SiteMasks:
             )
         return m.Done()
 
-    def require_fresh(self, request: Any) -> None:
+    def require_fresh(self, request: Any, *, private: bool) -> None:
         """Refuse coefficients that were answered for another roster, and rounds gone by.
 
         The difference of the two totals would be the sums of the sites in which the rosters differ.
@@ -100,6 +100,9 @@ class SiteMasks:
         if request.round <= self._round:
             raise NotReleased("mask_spent")
         roster = digest(canonical_json(self._roster))
+        if private:  # each site's noise hides its patients from whatever is subtracted
+            self._round = request.round
+            return
         if not self._book.spend([(name, roster, 1) for name in _asked_of(request)]):
             raise NotReleased("roster_changed")
         self._round = request.round

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Literal
 
+from fusion.differential_privacy import Budget
 from fusion.privacy import MinimumCounts
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ class FederationPlan:
     secure_sum
         Whether the sums that models are fitted from leave a site behind masks only, so that the
         coordinator sees their total.
+    budget
+        Of differential privacy, for the sums that models are fitted from; off by default.
     min_sites
         Training sites below which a run ends.
     brief
@@ -137,6 +140,7 @@ class FederationPlan:
     thresholds: tuple[float, ...] = ()
     leave_one_site_out: bool = False
     secure_sum: bool = False
+    budget: Budget = field(default_factory=Budget)
     min_sites: int = 1
     brief: bool = False
     minimum: MinimumCounts = field(default_factory=MinimumCounts)
@@ -165,6 +169,11 @@ class FederationPlan:
         )
 
     @property
+    def private(self) -> bool:
+        """Whether models are fitted from noisy sums only: whole encoders, and one fusion model."""
+        return self.budget.is_on
+
+    @property
     def shared(self) -> tuple[str, ...]:
         """Modalities whose encoder belongs to the consortium."""
         return tuple(x for x in self.modalities if x in self.sums or x in self.networks)
@@ -172,12 +181,12 @@ class FederationPlan:
     @property
     def main_arms(self) -> tuple[str, ...]:
         """Fusion models that are reported in full: the protocol's, and on local encoders only."""
-        return (PROTOCOL, LOCAL_ENCODERS) if self.shared else (PROTOCOL,)
+        return (PROTOCOL, LOCAL_ENCODERS) if self.shared and not self.private else (PROTOCOL,)
 
     @property
     def arms(self) -> tuple[str, ...]:
         """Fusion models fitted side by side; the last ones leave one modality out each."""
-        if len(self.modalities) == 1:
+        if len(self.modalities) == 1 or self.private:
             return self.main_arms
         return (*self.main_arms, *(without(x) for x in self.modalities))
 
@@ -232,6 +241,8 @@ class FederationPlan:
     @property
     def fits(self) -> tuple[str, ...]:
         """Every fit from sums that a site answers for."""
+        if self.private:
+            return (CALIBRATION_SLOPE,)
         folds = [fit for modality in self.sums for fit in self.fold_fits(modality)]
         tries = [fit for design in (*self.sums, PROTOCOL) for fit in self.try_fits(design)]
         slope = () if self.brief else (CALIBRATION_SLOPE,)

@@ -22,6 +22,7 @@ from fusion.federation.plan import (
     PROTOCOL,
     FederationPlan,
 )
+from fusion.federation.private_fitting import OPENING, SitePrivacy, schedule
 from fusion.federation.rows import Split
 from fusion.federation.self_check import self_check
 from fusion.federation.site_evaluation import evaluate_site, personal_coefficients
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from fusion.differential_privacy import PrivacyLedger
     from fusion.federation.answered import Book
     from fusion.federation.masking import SiteIdentity
     from fusion.federation.plan import AveragingPlan
@@ -74,6 +76,8 @@ class SiteStudy:
         The site's rows.
     identity
         The site's key and whom it believes, for secure sums.
+    ledger
+        The site's only one of noisy releases; needed where the plan has a privacy budget.
     book
         What was answered about these rows before, in whatever run; a fresh one where None.
     on_error
@@ -92,11 +96,14 @@ class SiteStudy:
         *,
         identity: SiteIdentity | None = None,
         book: Book | None = None,
+        ledger: PrivacyLedger | None = None,
         on_error: Callable[[Exception], None] | None = None,
     ) -> None:
         self.designs = SiteDesigns(plan, rows)
         self._book = AnswerLedger().open("") if book is None else book
         self._masks = SiteMasks(identity, self._book)
+        self._ledger = ledger
+        self._noisy: SitePrivacy | None = None
         self._on_error = on_error
         self._trains_here: bool | None = None
         self._approved = plan
@@ -117,6 +124,7 @@ class SiteStudy:
             m.AskProducts: self._products,
             m.SetComponents: self._set_components,
             m.AskSums: self._sums,
+            m.AskPrivateSteps: self._private_steps,
             m.SetEncoders: self._set_encoders,
             m.AskUpdates: self._updates,
             m.SetNetworks: self._set_networks,
@@ -172,7 +180,7 @@ class SiteStudy:
             return handler(request)
         if CALIBRATION_SLOPE in fits:
             raise NotReleased("malformed_request")
-        self._masks.require_fresh(request)
+        self._masks.require_fresh(request, private=self.plan.private)
         return self._masks.hide(request, handler(request))
 
     def _key(self, request: m.AskKey) -> m.Key:
@@ -249,7 +257,7 @@ class SiteStudy:
         return m.Description(
             cohort=self.rows.cohort,
             n_train=len(train) if shown else 0,
-            n_train_events=int(train.event.sum()) if shown else 0,
+            n_train_events=int(train.event.sum()) if shown and not self.plan.private else 0,
             n_test=len(test) if tested else 0,
             n_test_events=int(test.event.sum()) if tested else 0,
             trains=shown,
@@ -410,6 +418,37 @@ class SiteStudy:
             n_events=np.array([s.n_events for s in found], dtype=np.int64),
         )
 
+    def _privacy(self) -> SitePrivacy:
+        if self._ledger is None or not self.plan.private or not self.trains:
+            raise NotReleased("malformed_request")
+        if self._noisy is None:
+            self._noisy = SitePrivacy(
+                schedule(self.plan.budget, self.plan.private_fits),
+                self._ledger,
+                label=(self.plan.run, self.rows.cohort),
+                outcome=self.designs.behind_fusion,
+                edges_days=self.plan.edges_days,
+            )
+        return self._noisy
+
+    def _private_steps(self, request: m.AskPrivateSteps) -> m.PrivateSteps:
+        end, found = self._privacy(), np.zeros_like(request.coefficients)
+        if request.step == OPENING:
+            found[0, 0] = end.opening()
+            return m.PrivateSteps(found)
+        for row, fit in enumerate(request.fits):
+            if fit != PROTOCOL and not self.contributes(fit):
+                continue
+            inputs, outcome = self.designs.design(fit)
+            p = self.plan.n_coefficients(fit)
+            refusal = self._refusal_of(fit, outcome.event, p)
+            if refusal is not None:
+                raise NotReleased(refusal)
+            found[row, :p] = end.step(
+                fit, request.step, request.coefficients[row, :p], inputs=inputs, outcome=outcome
+            )
+        return m.PrivateSteps(found)
+
     def _set_encoders(self, request: m.SetEncoders) -> m.Done:
         fitted = dict(zip(request.fits, request.coefficients, strict=True))
         for modality in self.plan.sums:
@@ -422,6 +461,7 @@ class SiteStudy:
                 fold: inputs.train @ fitted[fit][:p] for fold, fit in self._folds(modality, fitted)
             }
             beta = fitted[modality][:p]
+            self.designs.encoder_lengths[modality] = float(np.linalg.norm(beta))
             whole = Split(inputs.train @ beta, inputs.test @ beta)
             self.designs.encode(modality, whole, folds)
         return m.Done()
@@ -531,6 +571,11 @@ class SiteStudy:
     def _intervals(self, request: m.AskIntervals) -> m.Intervals:
         if not self.trains:
             raise NotReleased("below_minimum_patients")
+        if self.plan.private:
+            noisy = self._privacy().intervals(
+                request.coefficients[0], self.designs.fusion_inputs(PROTOCOL)
+            )
+            return m.Intervals(*(x[None] for x in noisy))
         self._require_grid()
         train = self.designs.behind_fusion
         log_hazard = [
