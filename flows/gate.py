@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from flows.approvals import Approval
     from flows.protocol import StudyProtocol
+    from flows.snapshots import Released
     from fusion import messages as m
     from fusion.federation import SiteRows
     from fusion.federation.consortium import Consortium
@@ -110,9 +111,14 @@ class SitePart:
         return tuple(sorted(self._consortium.sites))
 
     @cached_property
+    def snapshot(self) -> Released:
+        """The cohort that is released to this run, whatever the nights bring meanwhile."""
+        return released(self._settings, self._protocol, roster=self.roster)
+
+    @cached_property
     def rows(self) -> SiteRows:
         """Rows of the released snapshot."""
-        inputs = load_inputs(self._settings, self._protocol, roster=self.roster)
+        inputs = load_inputs(self._settings, self._protocol, snapshot=self.snapshot)
         local = load_encoders(self._settings, self._protocol, inputs, weights=False)
         return site_rows(inputs, local, self._protocol)
 
@@ -151,8 +157,7 @@ class SitePart:
     def open_study(self, run: str) -> SiteStudy:
         """Take part in the run of this name."""
         settings, protocol = self._settings, self._protocol
-        snapshot = released(settings, protocol, roster=self.roster)
-        record_run(settings, snapshot.number, run)
+        record_run(settings, self.snapshot.number, run)
         ledger = AnswerLedger(settings.path(ANSWERED))
         book = ledger.open(
             digest(canonical_json([protocol.fingerprint(), self.rows.cohort, self.roster]))

@@ -13,7 +13,7 @@ from flows.inputs import keyed_digest, site_rows
 from flows.loading import load_encoders, load_inputs
 from flows.reference import Consortium
 from flows.sealed import note
-from flows.snapshots import released
+from flows.snapshots import record_run, released
 from flows.versions import CODE, source_digest
 from fusion.federation import InProcess, SiteStudy, run_federation
 from fusion.federation.masking import SiteIdentity
@@ -108,7 +108,10 @@ class InMemory:
         keys = {site: identity(found.home) for site, found in settings.items()}
         trusted = {site: key.public for site, key in keys.items()}
         for site, found in settings.items():
-            inputs[site] = load_inputs(found, self._protocol, roster=tuple(sorted(self._sites)))
+            roster = tuple(sorted(self._sites))
+            snapshot = released(found, self._protocol, roster=roster)
+            record_run(found, snapshot.number, plan.run)
+            inputs[site] = load_inputs(found, self._protocol, snapshot=snapshot)
             local[site] = load_encoders(found, self._protocol, inputs[site])
             studies[site] = SiteStudy(
                 self._protocol.plan(plan.run, minimum=own_limits(found, self._protocol)),

@@ -19,11 +19,16 @@ if TYPE_CHECKING:
 
     from flows.inputs import SiteInputs
     from flows.protocol import StudyProtocol
+    from flows.snapshots import Released
     from infra.settings import SiteSettings
 
 
 def load_inputs(
-    settings: SiteSettings, protocol: StudyProtocol, *, roster: tuple[str, ...] = ()
+    settings: SiteSettings,
+    protocol: StudyProtocol,
+    *,
+    roster: tuple[str, ...] = (),
+    snapshot: Released | None = None,
 ) -> SiteInputs:
     """Read the site's released cohort as encoders and federation see it.
 
@@ -31,13 +36,15 @@ def load_inputs(
     ----------
     roster
         Names of the sites whose sums it may go into; none for training at the site.
+    snapshot
+        What was released already; what may be released now where None.
 
     Raises
     ------
     DataError
         If there is no cohort, it was prepared under another protocol, or none may be released.
     """
-    snapshot = released(settings, protocol, roster=roster)
+    snapshot = released(settings, protocol, roster=roster) if snapshot is None else snapshot
     cohort = read_cohort(snapshot.cohort)
     if str(cohort.uns["protocol_fingerprint"]) != protocol.fingerprint():
         raise DataError(

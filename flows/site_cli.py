@@ -166,10 +166,16 @@ def site_train(
     with serving(workspace.root) as run:
         connected(workspace.root, run)
         from flows.site import train_site
+        from flows.snapshots import snapshot_state
 
         left_out = train_site(protocol.study.name, name)
     for modality in protocol.modalities:
         say(f"{name}: {modality}: {left_out.get(modality, 'trained')}")
+    state = snapshot_state(workspace.site(name))
+    say(
+        f"{name}: snapshot {state.last} of {state.n_patients} patients; {state.n_waiting} who came, "
+        "left or changed wait for the next"
+    )
 
 
 def _print_faults(faults: Sequence[Exclusion], *, n_inputs: int) -> None:

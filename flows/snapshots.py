@@ -11,8 +11,7 @@ snapshot is cut of the patients and outcomes of the old one, and a column that a
 changed stays as it was, see :mod:`flows.cohort_changes`. Who asks the same under two protocols
 learns nothing either.
 
-The number counts patients of the whole cohort: of ten who came, fewer may have a scan, or be held
-out.
+As many stand behind the difference in each modality, too. Of ten who came fewer may be held out.
 """
 
 from __future__ import annotations
@@ -28,7 +27,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from flows.cohort_changes import FewChanged, differing, keyed, keyed_patients, settled
+from flows.cohort_changes import (
+    FewChanged,
+    differing,
+    few_behind_a_sum,
+    keyed,
+    keyed_patients,
+    settled,
+)
 from modalities.cohort import DataError, read_cohort, read_cohort_digest, write_cohort
 from modalities.files import replacing
 
@@ -241,7 +247,7 @@ def _before(ledger: _Ledger, patients: dict[str, list[str]], least: int) -> _Sna
     """Find the last snapshot of all the same patients and outcomes, or else of almost the same."""
     n_differing = [differing(x.patients, patients, facts_only=True) for x in ledger.snapshots]
     same = [x for x, n in zip(ledger.snapshots, n_differing, strict=True) if n == 0]
-    near = [x for x, n in zip(ledger.snapshots, n_differing, strict=True) if 0 < n < least]
+    near = [x for x in ledger.snapshots if few_behind_a_sum(x.patients, patients, least=least)]
     found = same or near
     return found[-1] if found else None
 
@@ -379,8 +385,10 @@ def withdraw(settings: SiteSettings, patient_id: str) -> Withdrawal:
             removed += _remove(settings.path("encoders"))
         removed += _remove_features(settings, patient_id)
         runs = sorted({run for x in holding for run in x.runs})
-        for run in runs:
-            removed += _remove(settings.path("runs", run[:12], "patients.csv"))
+        tables = {settings.path("runs", run[:12], "patients.csv") for run in runs}
+        # A run in one process is not noted in the ledger; its table of risks says who was there.
+        tables |= {x for x in settings.path("runs").glob("*/*.csv") if _lists(x, patient_id)}
+        removed += sum(_remove(x) for x in tables)
     return Withdrawal(removed, tuple(x.number for x in holding), tuple(runs))
 
 
@@ -405,11 +413,12 @@ def _forbid(settings: SiteSettings, ledger: _Ledger, patient_id: str) -> list[_S
 
 def _is_listed(settings: SiteSettings, patient_id: str) -> bool:
     """Whether the site ever took a patient in, or is about to."""
-    return any(
-        row.get("patient_id") == patient_id
-        for path in (settings.path(ASSIGNMENTS), settings.path(settings.manifest))
-        for row in _rows(path)
-    )
+    listing = (settings.path(ASSIGNMENTS), settings.path(settings.manifest))
+    return any(_lists(path, patient_id) for path in listing)
+
+
+def _lists(path: Path, patient_id: str) -> bool:
+    return any(row.get("patient_id") == patient_id for row in _rows(path))
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

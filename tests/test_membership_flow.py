@@ -210,7 +210,7 @@ def test_an_audit_of_other_sources_lets_nothing_leave(
     site: SiteSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_results(site, protocol(), [PASSING], cohort=COHORT)
-    monkeypatch.setattr("flows.site.source_digest", lambda *_: "e" * 64)
+    monkeypatch.setattr("flows.loading.source_digest", lambda *_: "e" * 64)
     key = encoder_key(COHORT, protocol(), "blood")
     assert not may_share_weights(site, protocol(), "blood", key)
 

@@ -57,7 +57,49 @@ def test_lowered_minimums_are_named_with_both_numbers() -> None:
     )
 
 
-@pytest.mark.parametrize("change", [{"cell": 0}, {"patients": -1}, {"unknown": 3}])
+@pytest.mark.border
+@pytest.mark.parametrize("name", MinimumCounts.model_fields)
+def test_each_limit_is_lowered_in_the_direction_that_protects_less(name: str) -> None:
+    value = getattr(MinimumCounts(), name)
+    sign = -1 if name == "intervals" else 1  # more intervals tell more
+    assert MinimumCounts(**{name: value + sign}).lowered() == ()
+    lower = value - sign
+    assert MinimumCounts(**{name: lower}).lowered() == (f"{name} {lower} (default {value})",)
+
+
+_ANY_LIMITS = st.builds(
+    MinimumCounts,
+    **{
+        name: st.integers(2, 12) if name == "intervals" else st.integers(1, 300)
+        for name in MinimumCounts.model_fields
+    },
+)
+
+
+@pytest.mark.border
+@given(one=_ANY_LIMITS, other=_ANY_LIMITS, third=_ANY_LIMITS)
+def test_the_strictest_of_limits_protects_as_much_as_each(
+    one: MinimumCounts, other: MinimumCounts, third: MinimumCounts
+) -> None:
+    both = one.strictest(other)
+    assert both == other.strictest(one)
+    assert both.strictest(third) == one.strictest(other.strictest(third))
+    assert both.strictest(one) == both == both.strictest(both)
+    named = [{x.split()[0] for x in limits.lowered()} for limits in (both, one, other)]
+    assert named[0] == named[1] & named[2]
+    for n_patients, n_events, n_inputs in ((299, 250, 1), (60, 25, 5), (120, 80, 20), (10, 5, 1)):
+        counts = {"n_patients": n_patients, "n_events": n_events, "n_inputs": n_inputs}
+        allowed = both.refuses(**counts) is None
+        assert allowed == (one.refuses(**counts) is None and other.refuses(**counts) is None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cell": 0}, {"patients": -1}, {"unknown": 3}, {"snapshot": 0}, {"intervals": 1},
+        {"intervals": 13},
+    ],
+)  # fmt: skip
 def test_impossible_minimums_are_refused(change: dict[str, int]) -> None:
     with pytest.raises(ValidationError):
         MinimumCounts(**change)

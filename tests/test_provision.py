@@ -199,7 +199,9 @@ def test_a_path_that_the_engine_would_split_is_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
     template = files("flows").joinpath("templates", "study.toml")
-    (tmp_path / "study.toml").write_text(template.read_text().format(name="bladder"))
+    (tmp_path / "study.toml").write_text(
+        template.read_text().format(name="bladder", sums="plain", epsilon=0)
+    )
     return tmp_path / "study.toml"
 
 

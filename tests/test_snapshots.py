@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 
 K, N = 4, 20
 IDS = tuple(f"patient-{i:03d}" for i in range(N))
-MANY = tuple(f"other-{i:03d}" for i in range(40))
+# All of these train, and none has a slide.
+MANY = tuple(f"other-{i:03d}x" for i in range(40))
+PLAIN = tuple(x for x in IDS if x[-1] not in "035")
 
 
 def protocol(*columns: str, k: int = K, **study: Any) -> StudyProtocol:
@@ -214,10 +216,10 @@ FEW: dict[str, Callable[[Site], Site]] = {
     "one came": lambda s: s.come(MANY[0]),
     "all but one of k came": lambda s: s.come(*MANY[: K - 1]),
     "one left": lambda s: s.leave(IDS[7]),
-    "all but one of k left": lambda s: s.leave(*IDS[: K - 1]),
+    "all but one of k left": lambda s: s.leave(*PLAIN[: K - 1]),
     "one came, one left": lambda s: s.come(MANY[0]).leave(IDS[3]),
     "an outcome changed": lambda s: s.change(IDS[4], event=not s.patients[IDS[4]].event),
-    "a follow-up grew": lambda s: s.change(IDS[4], time_days=901.0),
+    "a follow-up grew": lambda s: s.change(IDS[4], time_days=901.5),
     "a covariate changed": lambda s: s.change(IDS[4], age=41.0),
     "a laboratory value changed": lambda s: s.lab("hb", IDS[4]),
     "a table lost a patient": lambda s: s.change(IDS[4], blood=None),
@@ -240,13 +242,34 @@ def test_a_change_of_few_patients_is_not_released(
     assert not site.settings.path("snapshots", "0002").exists()
 
 
+HIDDEN: dict[str, Callable[[Site], Site]] = {
+    "k came, one of them has a slide": lambda s: s.come(*MANY[: K - 1], "sliced-0"),
+    "k outcomes, one of one with a slide": lambda s: s.change(
+        *PLAIN[: K - 1], IDS[5], time_days=905.0
+    ),
+    "k values, one of one held out": lambda s: s.lab("hb", *PLAIN[: K - 1], IDS[3]),
+    "k tables lost, one of one held out": lambda s: s.change(*PLAIN[: K - 1], IDS[3], blood=None),
+}
+
+
+@pytest.mark.border
+@pytest.mark.parametrize("change", HIDDEN.values(), ids=HIDDEN.keys())
+def test_one_patient_does_not_hide_in_a_crowd_that_is_behind_other_sums(
+    site: Site, change: Callable[[Site], Site]
+) -> None:
+    first = site.release()
+    again = change(site).tonight()
+    assert (again.number, again.cohort) == (1, first.cohort)
+    assert again.waiting == K
+
+
 ENOUGH: dict[str, Callable[[Site], Site]] = {
     "k came": lambda s: s.come(*MANY[:K]),
-    "k left": lambda s: s.leave(*IDS[:K]),
-    "k outcomes changed": lambda s: s.change(*IDS[:K], time_days=905.0),
-    "k values changed": lambda s: s.lab("crp", *IDS[:K]),
+    "k left": lambda s: s.leave(*PLAIN[:K]),
+    "k outcomes changed": lambda s: s.change(*PLAIN[:K], time_days=905.0),
+    "k values changed": lambda s: s.lab("crp", *PLAIN[:K]),
     "came, left and changed": lambda s: (
-        s.come(MANY[0]).leave(IDS[1]).change(*IDS[4:6], time_days=905.0)
+        s.come(MANY[0]).leave(PLAIN[1]).change(*PLAIN[4:6], time_days=905.0)
     ),
 }
 
@@ -278,14 +301,14 @@ def test_going_back_almost_to_an_old_snapshot_is_not_released(site: Site) -> Non
 def test_one_value_does_not_hide_behind_those_of_others(site: Site) -> None:
     """Ten patients changed, yet one column by one patient only: its mean gives the value away."""
     before = rows_of_(read_cohort(site.release().cohort))
-    again = site.lab("crp", *IDS[:K]).lab("hb", IDS[9]).tonight()
+    again = site.lab("crp", *PLAIN[:K]).lab("hb", IDS[9]).tonight()
     assert again.number == 2
     assert again.waiting == 1
     after = rows_of_(read_cohort(again.cohort))
     assert after["hb"] == before["hb"]
     assert sum(after["crp"][x] != before["crp"][x] for x in IDS) == K
     assert site.release() == again
-    assert site.lab("hb", *IDS[10 : 10 + K - 1]).tonight().number == 3
+    assert site.lab("hb", *PLAIN[-K:]).tonight().number == 3
 
 
 OTHER_STUDIES = {"another column": protocol("wbc"), "another seed": protocol(seed=1)}
@@ -600,15 +623,24 @@ def test_whoever_is_withdrawn_is_gone_at_once_and_for_ever(site: Site) -> None:
 
 @pytest.mark.border
 def test_after_a_withdrawal_a_site_takes_part_with_enough_others(site: Site) -> None:
-    withdraw(site.settings, IDS[5])
+    withdraw(site.settings, PLAIN[0])
     assert site.come(*MANY[: K - 2]).draft().code() == "withdrawn"
     site.protocol = protocol("wbc")
     assert site.draft().code() == "withdrawn"
     found = site.come(MANY[K - 2]).tonight()
     assert found.number == 2
-    assert people(found) == {*IDS, *MANY[: K - 1]} - {IDS[5]}
+    assert people(found) == {*IDS, *MANY[: K - 1]} - {PLAIN[0]}
     # From here on the lock goes on as before.
     assert site.come(MANY[10]).tonight() == replace(found, waiting=1)
+
+
+@pytest.mark.border
+def test_who_was_withdrawn_with_a_slide_is_not_the_only_one_gone_from_the_slides_sums(
+    site: Site,
+) -> None:
+    withdraw(site.settings, IDS[5])
+    assert site.come(*MANY[: 2 * K]).draft().code() == "withdrawn"
+    assert site.come(*(f"sliced-{i}0" for i in range(K - 1))).tonight().number == 2
 
 
 @pytest.mark.border

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fusion import messages as m
 from fusion.federation.designs import NotReleased
+from modalities.cohort import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +54,10 @@ class SiteGate:
             return self._part(request).answer(payload)
         except NotReleased as refusal:
             return m.encode(m.Refused(refusal.code))
+        except DataError as error:
+            self._on_error(error)
+            code = "withdrawn" if error.code == "withdrawn" else "site_error"
+            return m.encode(m.Refused(code))
         except m.MessageError as error:
             self._on_error(error)
             return m.encode(m.Refused("malformed_request"))

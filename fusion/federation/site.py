@@ -300,6 +300,15 @@ class SiteStudy:
         return m.DesignMoments(n, mean, m2)
 
     def _set_scaling(self, request: m.SetScaling) -> m.Done:
+        # Another scale makes other sums of the same coefficients.
+        self._count(
+            [
+                (f"SetScaling: {design}", digest(mean.tobytes() + scale.tobytes()), RERUNS)
+                for design, mean, scale in zip(
+                    request.designs, request.mean, request.scale, strict=True
+                )
+            ]
+        )
         for row, design in enumerate(request.designs):
             p = self.plan.n_inputs(design)
             found = (request.mean[row, :p], request.scale[row, :p])
@@ -550,10 +559,13 @@ class SiteStudy:
         kept = releasable_edges(
             train.event, train.time, request.edges_days, cell=self.plan.minimum.cell
         )
-        return m.Edges(kept)
+        # A site may allow fewer intervals than the study has: the first ones are kept.
+        return m.Edges(kept & (np.cumsum(kept) < self.plan.minimum.intervals))
 
     def _set_grid(self, request: m.SetGrid) -> m.Done:
         train, cell = self.designs.behind_fusion, self.plan.minimum.cell
+        if len(request.edges_days) > self.plan.minimum.intervals:
+            raise NotReleased("small_cell")
         if self.trains:
             allowed = releasable_edges(train.event, train.time, request.edges_days, cell=cell)
             within = int(train.event[train.time <= request.edges_days[-1]].sum())
