@@ -173,8 +173,8 @@ def site_train(
         say(f"{name}: {modality}: {left_out.get(modality, 'trained')}")
     state = snapshot_state(workspace.site(name))
     say(
-        f"{name}: snapshot {state.last} of {state.n_patients} patients; {state.n_waiting} who came, "
-        "left or changed wait for the next"
+        f"{name}: snapshot {state.last} of {state.n_patients} patients; {state.n_waiting} who "
+        "came, left or changed wait for the next"
     )
 
 

@@ -28,6 +28,7 @@ events = 10
 patients_per_input = 3
 test_events = 3
 pooled_patients = 50
+snapshot = 1
 """
 _RUN = "from flows.cli import main; main()"
 

@@ -532,6 +532,7 @@ class SiteStudy:
         return (lambda w: network.loss_gradient(w, rows)), self.rows.train.event[rows]
 
     def _set_networks(self, request: m.SetNetworks) -> m.Done:
+        self._count_points(request, request.weights, RERUNS)
         n_train = len(self.rows.train)
         fitted = {
             fit: weights[: self.plan.n_weights(fit)]
