@@ -159,9 +159,7 @@ class SitePart:
         settings, protocol = self._settings, self._protocol
         record_run(settings, self.snapshot.number, run)
         ledger = AnswerLedger(settings.path(ANSWERED))
-        book = ledger.open(
-            digest(canonical_json([protocol.fingerprint(), self.rows.cohort, self.roster]))
-        )
+        book = ledger.open(digest(canonical_json([protocol.fingerprint(), self.rows.cohort])))
         return SiteStudy(
             protocol.plan(run, minimum=own_limits(settings, protocol)),
             self.rows,

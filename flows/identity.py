@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from typing import TYPE_CHECKING, Final
 
 from fusion.keys import KEY_BYTES, KeyFault, SigningKey
@@ -42,8 +43,8 @@ def identity(home: Path) -> SigningKey:
 def _make(path: Path) -> None:
     """Write a new key for its owner only; of two that race, the first one stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{KEY_FILE}.{os.getpid()}.part")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    temporary = path.with_name(f"{KEY_FILE}.{secrets.token_hex(8)}.part")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(SigningKey.generate().to_bytes())

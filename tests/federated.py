@@ -1,97 +1,459 @@
-"""A study over the engine, run as a process: its folder, what it says, and what crossed.
-
-Run as a module it is that process: it lets all parties of a simulated consortium run their study,
-and keeps every payload that crosses, before it is wrapped by the engine's transport security.
-"""
+"""A small simulated consortium that runs over the federation engine, for tests of the border."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-import os
-import socket
-import subprocess
-import sys
+import shutil
+import ssl
+import tempfile
 import threading
+import time
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-SITES = (170, 120, 110, 100)
-TIMEOUT_S = 10
+import numpy as np
+
+from fusion import messages as m
+from fusion.federation.consortium import COORDINATOR
+from fusion.federation.plan import CALIBRATION_SLOPE
+from infra.provision import ADMIN
+from infra.settings import STUDY_FILE, Workspace
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import pytest
+
+    from flows.links import OverEngine
+    from flows.protocol import StudyProtocol
+    from fusion.federation import FederationPlan, Fitted, RoundRecord
+    from infra.settings import SiteSettings
+
+    Heard = list[tuple[m.Message, dict[str, m.Message]]]
+
+T = TypeVar("T")
+SIZES = (110, 100, 90)
+TIMEOUT_S = 60.0
 
 
-def build(root: Path) -> tuple[str, ...]:
-    """Write the tables of a consortium with four training sites, and a study with secure sums."""
+def eventually(holds: Callable[[], bool], within_s: float = 30.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return holds()
+
+
+def children(pid: int) -> list[int]:
+    """Ids of a process's children."""
+    listed = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in listed for child in file.read_text().split()]
+
+
+def _begun(pid: int) -> int:
+    """Tell when a process began, in ticks."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def prepared_consortium(root: Path, sizes: Sequence[int] = SIZES) -> tuple[str, ...]:
+    """Simulate a study of tables with secure sums, to where a run can begin; give its sites."""
     from flows.demo import write_consortium
+    from flows.protocol import load_protocol
 
-    names = write_consortium(root, SITES, seed=3, tables_only=True, secure_sum=True)
-    study = root / "study.toml"
-    text = study.read_text()
-    study.write_text(
-        text.replace("[federation]", f"[federation]\ntimeout_s = {TIMEOUT_S}\nmin_sites = 3")
-    )
-    return names
-
-
-def run(root: Path) -> dict[str, object]:
-    """Run the study of a built folder in a process of its own; give its summary."""
-    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.federated", str(root)],
-        capture_output=True, text=True, timeout=500, check=False, env=env,
-        cwd=Path(__file__).resolve().parents[1],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((root.parent / "summary.json").read_text())
+    sites = write_consortium(root, sizes, seed=7, tables_only=True, secure_sum=True)
+    study = root / STUDY_FILE
+    timeout = f"[federation]\ntimeout_s = {TIMEOUT_S}\n"
+    study.write_text(study.read_text().replace("[federation]\n", timeout))
+    protocol = load_protocol(study)
+    for site in sites:
+        _prepare(Workspace(root=root).site(site), protocol)
+    return sites
 
 
-def _capture(target: Path, stop: threading.Event) -> None:
-    """Write what passes over the loopback interface, where this process may see it."""
+def _prepare(settings: SiteSettings, protocol: StudyProtocol) -> None:
+    """Do what the site's flows do, without their server, and with encoders that are none."""
+    from flows import site as flow
+    from flows.extraction import collect, extract_batch
+    from flows.loading import encoder_key, load_inputs
+
+    registry, _ = flow.read_site_registry.fn(settings, protocol)
+    works, _ = flow.list_inputs.fn(settings, protocol)
+    for work in works:
+        for batch in work.pending:
+            extract_batch(batch, work.spec, work.features)
+    tables = {work.modality: table for work in works if (table := collect(work)) is not None}
+    flow.assemble_cohort.fn(settings, protocol, registry, tables)
+    inputs = load_inputs(settings, protocol)
+    for name, found in inputs.modalities.items():
+        folder = settings.path("encoders", name)
+        folder.mkdir(parents=True)
+        values = np.nan_to_num(np.asarray(found.values, dtype=np.float64))
+        np.save(folder / "log_hazard.npy", values[:, :3].sum(axis=1))
+        about = {"key": encoder_key(inputs.cohort, protocol, name), "reason": "", "trained": False}
+        (folder / "encoder.json").write_text(json.dumps(about))
+
+
+@dataclass
+class Loopback:
+    """All parties of a consortium as processes on this machine."""
+
+    root: Path
+    protocol: StudyProtocol
+    kits: Mapping[str, Path]
+    pids: dict[str, int]
+    wire: Wire
+    _started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def workspace(self) -> Workspace:
+        return Workspace(root=self.root)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(sorted(self.pids.keys() - {COORDINATOR}))
+
+    @contextmanager
+    def link(self) -> Iterator[OverEngine]:
+        """Begin a job."""
+        from flows.federated import federation
+        from flows.links import OverEngine
+
+        if self.pids:  # else they are another process's
+            assert eventually(lambda: not children(self.service(COORDINATOR)))  # of the last job
+        with federation(self.workspace, self.protocol) as engine:
+            yield OverEngine(engine, self.workspace, self.protocol)
+
+    def charged(self) -> dict[str, int]:
+        return {site: charged(self.root / site / "answered.jsonl") for site in self.sites}
+
+    def start(self, party: str) -> None:
+        """Start a party that was killed."""
+        from flows import parties
+
+        log = self.root / "logs" / f"{party}.log"
+        process = parties._start_process(self.kits[party], log)
+        self._started.append(process)
+        self.pids[party] = process.pid
+        assert eventually(lambda: parties.CONNECTED in log.read_text())
+
+    def stop(self) -> None:
+        """End what was started again."""
+        from flows import parties
+
+        parties._stop_processes(self._started)
+
+    def service(self, party: str) -> int:
+        """Id of the engine's service that a party runs; it comes back when it dies."""
+        assert eventually(lambda: bool(children(self.pids[party])))
+        return children(self.pids[party])[0]
+
+    def services(self, party: str) -> list[int]:
+        """Ids of all services that run from a party's kit, whoever started them."""
+        kit, found = str(self.kits[party]), []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                if kit in words and "nvflare.private.fed.app.client.client_train" in words:
+                    found.append(int(process.name))
+        return found
+
+    def job(self, party: str) -> int:
+        """Id of the process of the job that runs at a party."""
+        assert eventually(lambda: bool(children(self.service(party))))
+        return max(children(self.service(party)), key=_begun)  # an earlier one may still be ending
+
+    def log(self, party: str) -> str:
+        files = [self.kits[party] / name for name in ("log.txt", "engine.log")]
+        return "".join(file.read_text() for file in files if file.exists())
+
+
+class Wire:
+    """What lies between sites and coordinator: it writes down all that passes, and can be cut.
+
+    Parameters
+    ----------
+    port
+        Where it leads.
+    heard
+        File of everything that passes, in both directions.
+    kits
+        Start-up kits, to read what passes in the clear: the wire then ends the sites' encryption
+        in the coordinator's name, and goes on in each site's. Without them it only passes bytes.
+    """
+
+    def __init__(self, port: int, heard: Path, kits: Mapping[str, Path] | None = None) -> None:
+        self._target, self._kits = port, kits
+        self._heard = heard.open("ab")
+        self._loop = asyncio.new_event_loop()
+        self._open: set[asyncio.StreamWriter] = set()
+        self._is_cut = False
+        self.parties: set[str] = set()
+        self.port = 0
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._heard.close()
+
+    def cut(self) -> None:
+        """Drop every connection, and let none through."""
+        self._is_cut = True
+        asyncio.run_coroutine_threadsafe(self._drop(), self._loop).result(10)
+
+    def mend(self) -> None:
+        """Let connections through again."""
+        self._is_cut = False
+
+    async def _listen(self) -> None:
+        context = None if self._kits is None else _context(self._kits[COORDINATOR], "server")
+        self._server = await asyncio.start_server(self._pass, "127.0.0.1", 0, ssl=context)
+        self.port = int(self._server.sockets[0].getsockname()[1])
+
+    async def _drop(self) -> None:
+        for writer in tuple(self._open):
+            writer.transport.abort()
+
+    async def _close(self) -> None:
+        self._server.close()
+        await self._drop()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._is_cut:
+            writer.transport.abort()
+            return
+        context = None
+        if self._kits is not None:
+            subject = dict(x[0] for x in writer.get_extra_info("peercert")["subject"])
+            self.parties.add(subject["commonName"])
+            context = _context(self._kits[subject["commonName"]], "client")
+        name = None if context is None else "localhost"
+        try:
+            onward = await asyncio.open_connection(
+                "127.0.0.1", self._target, ssl=context, server_hostname=name
+            )
+        except OSError:  # the server is not there, or was killed
+            writer.transport.abort()
+            return
+        await asyncio.gather(self._pump(reader, onward[1]), self._pump(onward[0], writer))
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.add(writer)
+        try:
+            while data := await reader.read(1 << 16):
+                self._heard.write(data)
+                writer.write(data)
+                await writer.drain()
+        except OSError:  # an end is gone
+            pass
+        finally:
+            self._open.discard(writer)
+            writer.transport.abort()
+
+
+def _context(kit: Path, end: str) -> ssl.SSLContext:
+    """Speak as a kit's party does."""
+    startup = kit / "startup"
+    purpose = ssl.PROTOCOL_TLS_SERVER if end == "server" else ssl.PROTOCOL_TLS_CLIENT
+    context = ssl.SSLContext(purpose)
+    context.load_verify_locations(startup / "rootCA.pem")
+    context.load_cert_chain(startup / f"{end}.crt", startup / f"{end}.key")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
+def port_of(kits: Mapping[str, Path]) -> int:
+    """Port on which the coordinator of these kits listens."""
+    config = json.loads((kits[COORDINATOR] / "startup" / "fed_server.json").read_text())
+    return int(config["servers"][0]["admin_port"])
+
+
+def lead_through(wire: Wire, kits: Mapping[str, Path]) -> None:
+    """Let the sites of these kits find the wire where they look for the coordinator."""
+    own = port_of(kits)
+    for name in kits.keys() - {COORDINATOR, ADMIN}:
+        file = kits[name] / "startup" / "fed_client.json"
+        file.write_text(file.read_text().replace(f"localhost:{own}", f"localhost:{wire.port}"))
+
+
+@contextmanager
+def loopback(root: Path, *, overhear: bool = False) -> Iterator[Loopback]:
+    """Start all parties of a prepared consortium, with a wire between.
+
+    What passes is written to ``wire``; with ``overhear`` also what it says, to ``wire-opened``.
+    """
+    from flows.demo import set_up_federation
+    from flows.parties import start_parties
+    from flows.protocol import load_protocol
+
+    kits = set_up_federation(root, Workspace(root=root).site_names())
+    with ExitStack() as stack:
+        port = port_of(kits)
+        if overhear:
+            port = stack.enter_context(Wire(port, root / "wire-opened", kits)).port
+        wire = stack.enter_context(Wire(port, root / "wire"))
+        lead_through(wire, kits)
+        pids = stack.enter_context(start_parties(kits, logs=root / "logs"))
+        found = Loopback(root, load_protocol(root / STUDY_FILE), kits, pids, wire)
+        stack.callback(found.stop)
+        yield found
+
+
+@contextmanager
+def plain_folder() -> Iterator[Path]:
+    """Give a folder whose name holds nothing that the engine cannot use; pytest's may."""
+    folder = Path(tempfile.mkdtemp(prefix="consilium-test-"))
     try:
-        wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(3))
-        wire.bind(("lo", 0))
-    except (AttributeError, PermissionError, OSError):
-        return
-    wire.settimeout(0.5)
-    with target.open("wb") as file, wire:
-        while not stop.is_set():
-            try:
-                file.write(wire.recv(1 << 17))
-            except TimeoutError:
-                continue
-
-
-def main() -> None:
-    root = Path(sys.argv[1])
-    stop = threading.Event()
-    traffic = threading.Thread(target=_capture, args=(root.parent / "traffic.bin", stop))
-    traffic.start()
-    try:
-        _study(root)
+        yield folder
     finally:
-        stop.set()
-        traffic.join()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _study(root: Path) -> None:
-    from flows.demo import run_workspace
-    from flows.terminal import serving
-    from infra.settings import Workspace
-
-    names = Workspace(root=root).site_names()
-    with serving(root, as_json=True) as run, (root.parent / "payloads.bin").open("wb") as heard:
-        import fusion.flare
-
-        plain = fusion.flare.FlareTransport.ask
-
-        def ask(self, payload, sites):  # type: ignore[no-untyped-def]
-            replies = plain(self, payload, sites)
-            heard.write(payload + b"".join(replies.values()))
-            return replies
-
-        fusion.flare.FlareTransport.ask = ask  # type: ignore[method-assign]
-        summary = run_workspace(root, names, run, federation="flare")
-    summary.pop("table")
-    (root.parent / "summary.json").write_text(json.dumps(summary))
+def shared(config: pytest.Config, name: str, make: Callable[[], AbstractContextManager[T]]) -> T:
+    """Make something once for all test files, and end it with them."""
+    made: dict[str, T] = config.__dict__.setdefault("_consilium_shared", {})
+    if name not in made:
+        stack = ExitStack()
+        config.add_cleanup(stack.close)
+        made[name] = stack.enter_context(make())
+    return made[name]
 
 
-if __name__ == "__main__":
-    main()
+@contextmanager
+def running() -> Iterator[Loopback]:
+    """Prepare a consortium and start its parties."""
+    with plain_folder() as folder:
+        prepared_consortium(folder)
+        with loopback(folder) as parties:
+            yield parties
+
+
+@dataclass(frozen=True)
+class Clean:
+    """A run that nobody disturbed, over the engine, and the same run in this process.
+
+    Attributes
+    ----------
+    charged
+        Per site the lines of its ledger of answers.
+    """
+
+    run: str
+    over_engine: Fitted
+    in_process: Fitted
+    rounds: list[RoundRecord]
+    engine_round_s: float
+    charged: dict[str, int]
+    overheard: list[Heard]
+
+
+@contextmanager
+def undisturbed(parties: Loopback) -> Iterator[Clean]:
+    """Run the study of a consortium whose parties have done nothing yet."""
+    from flows.links import InMemory
+    from fusion.federation import run_federation
+
+    inside = InMemory(parties.workspace, parties.protocol, parties.sites)
+    plan = parties.protocol.plan(inside.run_key())
+    inside.open(plan)
+    expected = run_federation(plan, inside)
+    rounds: list[RoundRecord] = []
+    with parties.link() as link:
+        run = link.run_key()
+        faults = Faults(link)
+        found = run_federation(parties.protocol.plan(run), faults, on_round=rounds.append)
+        engine_round_s = link.time_engine(found)["engine_round_s"]
+    yield Clean(run, found, expected, rounds, engine_round_s, parties.charged(), faults.heard)
+
+
+def charged(ledger: Path) -> int:
+    """Count what a site was charged for the model; test rows tell a slope at ever other points."""
+    return sum(CALIBRATION_SLOPE not in line for line in ledger.read_text().splitlines())
+
+
+def fits_of(request: m.Message, *designs: str) -> bool:
+    fits = getattr(request, "fits", ())
+    return isinstance(request, m.AskSums) and any(f.partition("/")[0] in designs for f in fits)
+
+
+def moments_of(request: m.Message, *designs: str) -> bool:
+    return isinstance(request, m.AskMoments) and any(d in designs for d in request.designs)
+
+
+SHARED = ("radiology", "clinical", "pathology", "omics")
+STATES: dict[str, Callable[[m.Message], bool]] = {
+    "describe": lambda r: isinstance(r, m.Describe),
+    "keys": lambda r: isinstance(r, m.AskKey),
+    "agreement": lambda r: isinstance(r, m.SetKeys),
+    "encoder moments": lambda r: moments_of(r, *SHARED),
+    "encoder fit": lambda r: fits_of(r, *SHARED),
+    "encoders told": lambda r: isinstance(r, m.SetEncoders),
+    "fusion grid": lambda r: isinstance(r, m.AskEdges),
+    "grid told": lambda r: isinstance(r, m.SetGrid),
+    "fusion moments": lambda r: moments_of(r, "protocol"),
+    "fusion fit": lambda r: fits_of(r, "protocol"),
+    "baseline": lambda r: isinstance(r, m.AskIntervals),
+    "evaluation": lambda r: isinstance(r, m.AskEvaluation),
+    "calibration": lambda r: fits_of(r, CALIBRATION_SLOPE),
+}
+# A fit is disturbed once it is under way.
+_AFTER = {"encoder fit": 3, "fusion fit": 3}
+
+
+@dataclass
+class Faults:
+    """Carries messages, does things as states of the protocol are reached, and notes what is said.
+
+    Parameters
+    ----------
+    inner
+        A transport, or a whole link.
+    planned
+        State, and what to do before the request that it begins with is sent; one after the other.
+    """
+
+    inner: Any
+    planned: list[tuple[str, Callable[[], None]]] = field(default_factory=list)
+    heard: list[Heard] = field(default_factory=lambda: [[]])
+    _seen: int = 0
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return self.inner.sites
+
+    def ask(self, payload: bytes, sites: Sequence[str]) -> dict[str, bytes]:
+        request = m.decode(payload)
+        if self.planned and STATES[self.planned[0][0]](request):
+            self._seen += 1
+            if self._seen == _AFTER.get(self.planned[0][0], 1):
+                self._seen = 0
+                self.planned.pop(0)[1]()
+        replies: dict[str, bytes] = self.inner.ask(payload, sites)
+        self.heard[-1].append((request, {s: m.decode(r) for s, r in replies.items()}))
+        return replies
+
+    def run_key(self) -> str:
+        return self.inner.run_key()
+
+    def open(self, plan: FederationPlan) -> None:
+        self.inner.open(plan)
+
+    def again(self, run: str) -> None:
+        self.heard.append([])
+        self._seen = 0
+        self.inner.again(run)

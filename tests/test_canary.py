@@ -1,4 +1,4 @@
-"""What is planted in the sites' raw files is found nowhere else after a whole study."""
+"""A thousand identifiers in the sites' files, none of them anywhere else after a whole study."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import base64
 import gzip
 import io
 import json
-import random
 import struct
+import subprocess
+import sys
 import zipfile
-from collections import defaultdict
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,212 +22,436 @@ import pytest
 from tests import federated
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from pathlib import Path
+    from collections.abc import Iterator, Sequence
 
-pytestmark = [pytest.mark.border, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.border
 
-_FLOAT_COLUMN = "pathology_01"
-_WINDOW = 8
-
-
-class Canaries:
-    """Identifiers, in every way in which one may be written."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.floats: list[float] = []
-
-    def patterns(self) -> dict[bytes, str]:
-        found: dict[bytes, str] = {}
-        for text in self.texts:
-            for pattern in _written(text.encode()):
-                found[pattern] = text
-            found[text.encode("utf-16-le")] = text
-        for value in self.floats:
-            found[repr(value).encode()] = repr(value)
-            for raw in (struct.pack("<d", value), struct.pack(">d", value)):
-                for pattern in _written(raw):
-                    found[pattern] = repr(value)
-        return {p: name for p, name in found.items() if len(p) >= _WINDOW}
+SIZES = (95, 90, 85)
+N_IDENTIFIERS = 1000
+TABLES = ("pathology", "radiology", "omics")
+_SYLLABLES = (
+    "zor", "vik", "thand", "quis", "brel", "mok", "fen", "dral", "yst", "grom", "pel", "wex", "jun",
+    "korb", "lus", "narf",
+)  # fmt: skip
+_CHUNK = 1 << 22
 
 
-def _written(raw: bytes) -> Iterator[bytes]:
-    """Raw, hexadecimal in both cases, and base64 at each alignment."""
-    yield raw
-    yield raw.hex().encode()
-    yield raw.hex().upper().encode()
-    for shift in range(3):
-        coded = base64.b64encode(bytes(shift) + raw)
-        # Characters at both ends hold bits of neighbours.
-        yield coded[-(-8 * shift // 6) : (8 * (shift + len(raw))) // 6]
+@dataclass(frozen=True)
+class Planted:
+    """What was planted, and what is leaked on purpose.
+
+    Attributes
+    ----------
+    texts
+        Record numbers, names, DICOM UIDs, file names and dates.
+    numbers
+        Rare values, each of which stands next to the one of the same place in ``beside``.
+    controls
+        Text that is leaked, by where.
+    """
+
+    texts: list[str]
+    numbers: list[float]
+    beside: list[float]
+    controls: dict[str, str]
 
 
-def leaks(content: bytes, patterns: dict[bytes, str]) -> set[str]:
-    """Names of the identifiers that some bytes hold."""
-    by_start: dict[int, list[bytes]] = defaultdict(list)
-    for pattern in patterns:
-        by_start[struct.unpack("<Q", pattern[:_WINDOW])[0]].append(pattern)
-    keys = np.array(sorted(by_start), dtype=np.uint64)
+class Search:
+    """Finds identifiers in bytes, in whatever way they are written."""
+
+    def __init__(self, patterns: dict[bytes, str]) -> None:
+        assert min(map(len, patterns)) >= 8
+        self._patterns = patterns
+        self._lengths = sorted({len(p) for p in patterns})
+        self._starts = np.zeros(1 << 24, dtype=bool)
+        self._by_start: dict[bytes, list[bytes]] = {}
+        for pattern in patterns:
+            self._starts[int.from_bytes(pattern[:3], "big")] = True
+            self._by_start.setdefault(pattern[:8], []).append(pattern)
+
+    def in_bytes(self, data: bytes) -> set[str]:
+        """Identifiers that are in some bytes, or in what they hold compressed."""
+        found: set[str] = set()
+        overlap = self._lengths[-1]
+        for start in range(0, len(data), _CHUNK):
+            found |= self._in_chunk(data[start : start + _CHUNK + overlap])
+        for inner in _unpacked(data):
+            found |= self.in_bytes(inner)
+        return found
+
+    def _in_chunk(self, data: bytes) -> set[str]:
+        if len(data) < 8:
+            return set()
+        values = np.frombuffer(data, dtype=np.uint8).astype(np.uint32)
+        triples = values[:-2] << 16 | values[1:-1] << 8 | values[2:]
+        found = set()
+        for at in np.flatnonzero(self._starts[triples]).tolist():
+            for pattern in self._by_start.get(data[at : at + 8], ()):
+                if data.startswith(pattern, at):
+                    found.add(self._patterns[pattern])
+        return found
+
+    def in_files(self, *places: Path) -> dict[str, set[str]]:
+        """Identifiers by the file that holds them, their names and folders included."""
+        files = [f for p in places for f in ([p] if p.is_file() else p.rglob("*"))]
+        found = {
+            str(file): self.in_bytes(str(file).encode())
+            | (self.in_bytes(file.read_bytes()) if file.is_file() else set())
+            for file in files
+        }
+        return {file: what for file, what in found.items() if what}
+
+
+def _unpacked(data: bytes) -> Iterator[bytes]:
+    """Give what bytes hold that are a gzip or zip file."""
+    if data[:2] == b"\x1f\x8b":
+        with suppress(OSError, EOFError):
+            yield gzip.decompress(data)
+    if data[:4] == b"PK\x03\x04":
+        with suppress(zipfile.BadZipFile), zipfile.ZipFile(io.BytesIO(data)) as archive:
+            for member in archive.infolist():
+                yield member.filename.encode()
+                yield archive.read(member)
+
+
+def _base64(data: bytes) -> set[bytes]:
+    """Base64 of bytes, wherever they begin among others: the digits that are theirs alone."""
     found = set()
-    for shift in range(_WINDOW):
-        n = (len(content) - shift) // _WINDOW
-        if n <= 0:
-            continue
-        windows = np.frombuffer(content, dtype="<u8", count=n, offset=shift)
-        at = np.minimum(np.searchsorted(keys, windows), len(keys) - 1)
-        for hit in np.flatnonzero(keys[at] == windows):
-            start = shift + _WINDOW * int(hit)
-            for pattern in by_start[int(windows[hit])]:
-                if content[start : start + len(pattern)] == pattern:
-                    found.add(patterns[pattern])
+    for before in range(3):
+        digits = base64.b64encode(bytes(before) + data)
+        first = (0, 2, 3)[before]
+        last = (before + len(data)) * 8 // 6
+        own = digits[first:last]
+        found |= {own, own.translate(bytes.maketrans(b"+/", b"-_"))}
     return found
 
 
-def _unpacked(content: bytes) -> Iterator[bytes]:
-    """A file's bytes, and what is in it where it is compressed."""
-    yield content
-    if content[:2] == b"\x1f\x8b":
-        yield gzip.decompress(content)
-    if content[:4] == b"PK\x03\x04":
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            for name in archive.namelist():
-                yield name.encode()
-                yield archive.read(name)
+def written(data: bytes) -> set[bytes]:
+    """Bytes as they are, in hexadecimal digits and in base64."""
+    return {data, data.hex().encode(), data.hex().upper().encode(), *_base64(data)}
 
 
-def _plant(root: Path, names: Iterable[str]) -> Canaries:
-    """Rename patients and files, add dates and image numbers, and make values rare."""
-    rng, canaries = random.Random(7), Canaries()
+def patterns_of(texts: Sequence[str], pairs: Sequence[tuple[float, float]]) -> dict[bytes, str]:
+    """Every way to write these texts and numbers, with what each stands for.
 
-    def new(prefix: str) -> str:
-        text = f"{prefix}{rng.getrandbits(48):012x}"
-        canaries.texts.append(text)
-        return text
-
-    for site in names:
-        folder = root / site
-        manifest = pd.read_csv(folder / "manifest.csv", dtype=str, keep_default_na=False)
-        clinical = pd.read_csv(folder / "clinical.csv", dtype={"patient_id": str})
-        ids = {x: new("MRN") for x in clinical["patient_id"]}
-        files = {x: f"{new('Mueller_Anna_')}.csv" for x in sorted(set(manifest["path"]))}
-        for old, name in files.items():
-            table = pd.read_csv(folder / old, dtype={"patient_id": str})
-            table["patient_id"] = table["patient_id"].map(ids)
-            if _FLOAT_COLUMN in table:
-                rare = [x + rng.random() * 1e-3 for x in table[_FLOAT_COLUMN]]
-                table[_FLOAT_COLUMN] = rare
-                canaries.floats += rare
-            table.to_csv(folder / name, index=False)
-            (folder / old).unlink()
-        clinical["patient_id"] = clinical["patient_id"].map(ids)
-        # Dates and image numbers that the registry has and the study does not read.
-        clinical["born"] = [
-            f"19{rng.randint(10, 49)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"
-            for _ in range(len(clinical))
-        ]
-        clinical["study_uid"] = [
-            f"1.2.826.0.1.{rng.randint(10**15, 10**16)}" for _ in range(len(clinical))
-        ]
-        canaries.texts += [*clinical["born"], *clinical["study_uid"]]
-        clinical.to_csv(folder / "clinical.csv", index=False)
-        manifest["patient_id"] = manifest["patient_id"].map(ids)
-        manifest["path"] = manifest["path"].map(files)
-        manifest.to_csv(folder / "manifest.csv", index=False)
-    for name in ("truth.json", "simulation.json"):  # the simulation's own, which knows everybody
-        (root / name).unlink(missing_ok=True)
-    return canaries
+    A number in single precision is too short to be told from chance; it is looked for together
+    with the number beside it.
+    """
+    patterns: dict[bytes, str] = {}
+    for text in texts:
+        forms = written(text.encode()) | {text.encode("utf-16-le"), text.encode("utf-16-be")}
+        patterns |= dict.fromkeys(forms, text)
+    for one, other in pairs:
+        name = repr(float(one))
+        forms = written(name[:12].encode()) | {name[:12].encode("utf-16-le")}
+        for order in "<>":
+            forms |= written(struct.pack(f"{order}d", one))
+            forms |= written(struct.pack(f"{order}2f", one, other))
+        patterns |= dict.fromkeys(forms, name)
+    return patterns
 
 
-class Studied:
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.root = folder, folder / "consortium"
-        self.names = federated.build(self.root)
-        self.canaries = _plant(self.root, self.names)
-        self.patterns = self.canaries.patterns()
-        self.summary = federated.run(self.root)
+def _search_for(planted: Planted) -> Search:
+    pairs = list(zip(planted.numbers, planted.beside, strict=True))
+    return Search(patterns_of(planted.texts, pairs))
 
-    def outside(self) -> list[Path]:
-        """Every file that is not in a site's folder or kit."""
-        of_sites = [self.root / x for x in self.names]
-        of_sites += [self.root / "kits" / x for x in self.names]
-        of_sites += [self.root / "logs" / f"{x}.log" for x in self.names]
-        return [
-            path
-            for path in sorted(self.folder.rglob("*"))
-            if path.is_file() and not any(path.is_relative_to(x) for x in of_sites)
-        ]
+
+@pytest.mark.parametrize(
+    "leaked",
+    [
+        b"Zorvik Thandquis", b"Wm9ydmlrIFRoYW5kcXVpcw==", b"YVpvcnZpayBUaGFuZHF1aXM",
+        b"YWFab3J2aWsgVGhhbmRxdWlz", b"5a6f7276696b205468616e6471756973",
+        "Zorvik Thandquis".encode("utf-16-le"), gzip.compress(b"Zorvik Thandquis"),
+    ],
+)  # fmt: skip
+def test_a_name_is_found_however_it_is_written(leaked: bytes) -> None:
+    search = Search(patterns_of(["Zorvik Thandquis"], []))
+    assert search.in_bytes(bytes(1000) + leaked if leaked[:2] != b"\x1f\x8b" else leaked)
+    assert not search.in_bytes(bytes(1000) + leaked[:-3] if leaked[:1] == b"Z" else b"Zorvik")
+
+
+@pytest.mark.parametrize("kind", ["<f8", ">f8", "<f4", ">f4"])
+@pytest.mark.parametrize("offset", [0, 1, 5])
+def test_a_rare_number_is_found_in_any_precision_order_and_encoding(kind: str, offset: int) -> None:
+    values = np.array([61.283746501928374, 17.550028364819273])
+    search = Search(patterns_of([], [tuple(values.tolist())]))
+    raw = bytes(offset) + values.astype(kind).tobytes() + b"rest"
+    for leaked in (raw, base64.b64encode(raw), raw.hex().encode()):
+        assert search.in_bytes(leaked) == {repr(values[0].item())}
+    assert search.in_bytes(json.dumps(values.tolist()).encode())
+    assert not search.in_bytes(np.array([61.28, 17.55]).tobytes())
+
+
+def test_an_identifier_is_found_across_the_pieces_in_which_a_large_file_is_read() -> None:
+    search = Search(patterns_of(["Zorvik Thandquis"], []))
+    assert search.in_bytes(bytes(_CHUNK - 7) + b"Zorvik Thandquis" + bytes(_CHUNK))
+    with io.BytesIO() as buffer:
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("job/meta.json", '{"name": "Zorvik Thandquis"}')
+        assert search.in_bytes(buffer.getvalue())
+
+
+def _names(rng: np.random.Generator, n: int) -> list[str]:
+    found: set[str] = set()
+    while len(found) < n:
+        first, *last = rng.choice(_SYLLABLES, 5).tolist()
+        found.add(f"{first.title()}{last[0]} {''.join(last[1:]).title()}")
+    return sorted(found)
+
+
+def plant(root: Path, sites: Sequence[str]) -> Planted:
+    """Put identifiers into every file of a simulated consortium of tables."""
+    rng = np.random.default_rng(4)
+    texts: list[str] = []
+    numbers: list[float] = []
+    beside: list[float] = []
+    names = iter(_names(rng, sum(SIZES)))
+    days = pd.date_range("1931-01-02", "1969-12-30").strftime("%Y-%m-%d")
+    dates = iter(rng.choice(days, sum(SIZES), replace=False).tolist())
+    for at, site in enumerate(sites):
+        clinical = pd.read_csv(root / site / "clinical.csv", dtype=str)
+        own = _pseudonyms(rng, at, len(clinical))
+        new = dict(zip(clinical["patient_id"], own, strict=True))
+        clinical["patient_id"] = own
+        clinical["name"] = [next(names) for _ in own]
+        clinical["born"] = [next(dates) for _ in own]
+        ages = clinical["age_years"].astype(float) + rng.uniform(0.0, 1e-3, len(own))
+        clinical["age_years"] = [repr(x) for x in ages]
+        clinical.to_csv(root / site / "clinical.csv", index=False)
+        texts += [*own, *clinical["name"], *clinical["born"]]
+        numbers += ages[:-1].tolist()[:30]
+        beside += ages[1:].tolist()[:30]
+        texts += _plant_tables(root / site, rng, new, (numbers, beside))
+    kept = N_IDENTIFIERS - len(texts)
+    controls = {x: f"Leaked {x} Korbnarf" for x in ("engine", "prefect", "mlflow", "run")}
+    (root / "truth.json").unlink()  # a simulation's own; it knows every pseudonym
+    return Planted(texts, numbers[:kept], beside[:kept], controls)
+
+
+def _pseudonyms(rng: np.random.Generator, at: int, n: int) -> list[str]:
+    """Record numbers at the first site, DICOM UIDs at the second, names at the third."""
+    digits = [f"{x:012d}" for x in rng.choice(10**12, n, replace=False).tolist()]
+    if at == 0:
+        return [f"MRN-{x}" for x in digits]
+    if at == 1:
+        return [f"1.2.826.0.1.3680043.9.{x[:6]}.{int(x[6:])}" for x in digits]
+    return [
+        f"{name.replace(' ', '_')}_{x[:4]}" for name, x in zip(_names(rng, n), digits, strict=True)
+    ]
+
+
+def _plant_tables(
+    folder: Path,
+    rng: np.random.Generator,
+    new: dict[str, str],
+    values: tuple[list[float], list[float]],
+) -> list[str]:
+    """Rename patients and files, and make every value a rare one."""
+    manifest = pd.read_csv(folder / "manifest.csv", dtype=str, keep_default_na=False)
+    manifest["patient_id"] = manifest["patient_id"].map(new)
+    names = []
+    for modality in TABLES:
+        table = pd.read_csv(folder / f"{modality}.csv", dtype={"patient_id": str})
+        table["patient_id"] = table["patient_id"].map(new)
+        cells = table.columns[1:]
+        noise = rng.uniform(0.0, 1e-4, table[cells].shape)
+        table[cells] = table[cells].astype(float) + noise
+        values[0].extend(table[cells[0]].tolist()[:22])
+        values[1].extend(table[cells[1]].tolist()[:22])
+        names.append(f"export-{rng.integers(10**9, 10**10)}-{modality}.csv")
+        table.to_csv(folder / names[-1], index=False, float_format="%.17g")
+        (folder / f"{modality}.csv").unlink()
+        manifest.loc[manifest["modality"] == modality, "path"] = names[-1]
+    manifest.to_csv(folder / "manifest.csv", index=False)
+    return names
+
+
+def _plant_failing_site(root: Path, planted: Planted) -> None:
+    """Add a site whose files make its flow fail, with an identifier in the path and the text."""
+    text = (root / "site-01" / "site.toml").read_text().replace('"site-01"', '"site-04"')
+    folder = root / "site-04"
+    folder.mkdir()
+    bad = planted.texts[0]
+    (folder / "site.toml").write_text(text.replace('"clinical.csv"', f'"{bad}/clinical.csv"'))
+    (folder / bad / "clinical.csv").mkdir(parents=True)  # a folder in place of the file
+    (folder / "manifest.csv").write_text("patient_id,modality,path,mask_path,roi\n")
+
+
+def run_whole_study(root: Path) -> None:
+    """Prepare, train and run a study through its flows, over the engine; once per process."""
+    from flows.demo import connect, write_consortium
+    from flows.protocol import load_protocol
+    from flows.terminal import serving
+
+    sites = write_consortium(root, SIZES, seed=11, tables_only=True, secure_sum=True)
+    planted = plant(root, sites)
+    (root / "planted.json").write_text(json.dumps(asdict(planted)))
+    study = load_protocol(root / "study.toml").study.name
+    with serving(root, as_json=True) as run:
+        connect(run.server, root)
+        from flows.site import prepare_site, train_site
+        from flows.study import run_study
+
+        run.server.wait_ready()
+        for site in sites:
+            prepare_site(study, site)
+        for site in sites:
+            train_site(study, site)
+        _tap(root / "payloads", planted.controls["engine"])
+        with federated.loopback(root, overhear=True):
+            outcomes = [run_study(study, list(sites), "flare") for _ in range(2)]
+        said = [{**x.summary, "reused": x.reused} for x in outcomes]
+        (root / "said.json").write_text(json.dumps(said))
+        _plant_failing_site(root, planted)
+        with suppress(Exception):
+            prepare_site(study, "site-04")
+        _leak(root, planted.controls, run_id=outcomes[0].summary["run"])
+
+
+def _tap(file: Path, control: str) -> None:
+    """Write down every payload at the coordinator's end, and leak one text over the engine."""
+    from fusion.flare import ECHO, FlareTransport
+
+    exchange, begin = FlareTransport._exchange, FlareTransport._begin
+
+    def tapped(
+        self: FlareTransport, kind: str, payload: bytes, sites: Sequence[str]
+    ) -> dict[str, bytes]:
+        replies = exchange(self, kind, payload, sites)
+        with file.open("ab") as taps:
+            for data in (payload, *replies.values()):
+                taps.write(data)
+        return replies
+
+    def begun(self: FlareTransport) -> None:
+        begin(self)
+        self._exchange(ECHO, control.encode(), self.sites)
+
+    FlareTransport._exchange = tapped  # type: ignore[method-assign]
+    FlareTransport._begin = begun  # type: ignore[method-assign]
+
+
+def _leak(root: Path, controls: dict[str, str], *, run_id: str) -> None:
+    """Leak texts on purpose, to Prefect's server, MLflow and the coordinator's folder of runs."""
+    from mlflow import MlflowClient
+    from prefect import flow
+
+    @flow(name="leak", persist_result=False)
+    def leak(text: str) -> None:
+        del text
+
+    leak(controls["prefect"])
+    client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    run = client.search_runs([x.experiment_id for x in client.search_experiments()])[0]
+    client.set_tag(run.info.run_id, "leaked", controls["mlflow"])
+    leaked = base64.b64encode(b"x" + controls["run"].encode())
+    (root / "runs" / run_id[:12] / "leaked.csv.gz").write_bytes(gzip.compress(leaked))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A consortium after its study, and what was planted."""
+
+    root: Path
+    planted: Planted
+    said: list[dict[str, Any]]
+
+
+_RUN = """
+import sys
+from pathlib import Path
+from tests.test_canary import run_whole_study
+run_whole_study(Path(sys.argv[1]))
+"""
+
+
+@contextmanager
+def whole_study() -> Iterator[Finished]:
+    """Run the study in a process of its own, as Prefect is set up once per process."""
+    with federated.plain_folder() as folder:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", _RUN, str(folder)],
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        planted = Planted(**json.loads((folder / "planted.json").read_text()))
+        yield Finished(folder, planted, json.loads((folder / "said.json").read_text()))
 
 
 @pytest.fixture(scope="module")
-def studied(tmp_path_factory: pytest.TempPathFactory) -> Studied:
-    return Studied(tmp_path_factory.mktemp("canary"))
+def finished(request: pytest.FixtureRequest) -> Finished:
+    return federated.shared(request.config, "whole study", whole_study)
 
 
-def test_a_thousand_identifiers_are_planted_and_reach_the_sites_cohorts(studied: Studied) -> None:
-    assert len(set(studied.canaries.texts)) + len(studied.canaries.floats) > 1000
-    cohort = (studied.root / studied.names[0] / "cohort.h5mu").read_bytes()
-    assert len(leaks(cohort, studied.patterns)) > 100
+@pytest.fixture(scope="module")
+def search(finished: Finished) -> Search:
+    return _search_for(finished.planted)
 
 
-def test_no_identifier_is_found_on_a_disk_in_a_database_or_an_artifact_outside_the_sites(
-    studied: Studied,
+PLACES = {
+    "the coordinator's kit": ("kits/coordinator", "kits/admin"),
+    "the coordinator's log and approvals": ("coordinator",),
+    "the runs and their reports": ("runs",),
+    "MLflow's artifacts": ("artifacts",),
+    "MLflow's database": ("mlflow.db", "mlflow.db-wal"),
+    "Prefect's database and files": ("prefect",),
+    "what parties print": ("logs",),
+    "the network's traffic": ("wire",),
+    "the network's traffic, decrypted": ("wire-opened",),
+    "every message and reply": ("payloads",),
+}
+
+
+@pytest.mark.slow
+def test_a_thousand_identifiers_are_in_the_sites_own_files(
+    finished: Finished, search: Search
 ) -> None:
-    searched = studied.outside()
-    names = {path.name for path in searched}
-    assert {"mlflow.db", "prefect.db", "report.html", "audit.jsonl", "log.txt"} <= names
-    found = {
-        str(path.relative_to(studied.folder)): leaked
-        for path in searched
-        if path.name not in ("payloads.bin", "traffic.bin")
-        for content in _unpacked(path.read_bytes())
-        if (leaked := leaks(path.name.encode() + b"\0" * _WINDOW + content, studied.patterns))
-    }
-    assert found == {}
+    planted = finished.planted
+    everything = {*planted.texts, *map(repr, planted.numbers)}
+    assert len(everything) == N_IDENTIFIERS
+    raw = [
+        f
+        for site in ("site-01", "site-02", "site-03")
+        for f in (finished.root / site).glob("*.csv")
+    ]
+    found = set[str]().union(*search.in_files(*raw).values())
+    assert found == everything
 
 
-def test_no_identifier_is_found_in_the_payloads_that_crossed(studied: Studied) -> None:
-    payloads = (studied.folder / "payloads.bin").read_bytes()
-    assert len(payloads) > 50_000
-    assert leaks(payloads, studied.patterns) == set()
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+def test_no_identifier_is_in(place: str, finished: Finished, search: Search) -> None:
+    places = [finished.root / x for x in PLACES[place]]
+    assert any(p.is_dir() or p.stat().st_size > 100 for p in places if p.exists())
+    assert search.in_files(*(p for p in places if p.exists())) == {}
 
 
-def test_no_identifier_is_found_in_the_traffic_on_the_wire(studied: Studied) -> None:
-    traffic = studied.folder / "traffic.bin"
-    if traffic.exists():  # only whoever may look at the interface can search it
-        content = traffic.read_bytes()
-        assert len(content) > 100_000
-        assert b"CNSE1" not in content  # the envelopes are inside transport security
-        assert leaks(content, studied.patterns) == set()
+LEAKS = {
+    "engine": ("wire-opened", "payloads"),
+    "prefect": ("prefect",),
+    "mlflow": ("mlflow.db",),
+    "run": ("runs",),
+}
 
 
-def test_no_path_of_a_site_reaches_a_server(studied: Studied) -> None:
-    where = [str(studied.root / x).encode() for x in studied.names]
-    for name in ("mlflow.db", "prefect/prefect.db"):
-        content = (studied.root / name).read_bytes()
-        assert not any(path in content for path in where), name
+@pytest.mark.slow
+@pytest.mark.parametrize("leak", LEAKS)
+def test_a_text_that_is_leaked_on_purpose_is_found(leak: str, finished: Finished) -> None:
+    control = finished.planted.controls[leak]
+    search = Search(patterns_of([control], []))
+    for place in LEAKS[leak]:
+        assert search.in_files(finished.root / place)
+    assert not search.in_files(finished.root / "wire")
 
 
-@pytest.mark.parametrize("how", ["raw", "base64", "hex", "utf-16", "float", "float as base64"])
-def test_a_leak_on_purpose_is_found_by_the_same_search(studied: Studied, how: str) -> None:
-    text, value = studied.canaries.texts[500], studied.canaries.floats[7]
-    raw = struct.pack("<d", value)
-    written = {
-        "raw": text.encode(),
-        "base64": base64.b64encode(f'{{"patient": "{text}"}}'.encode()),
-        "hex": text.encode().hex().encode(),
-        "utf-16": text.encode("utf-16"),
-        "float": raw,
-        "float as base64": base64.b64encode(b"ab" + raw + b"cd"),
-    }[how]
-    content = (studied.root / "mlflow.db").read_bytes()
-    at = len(content) // 2 + 1
-    assert leaks(content[:at] + written + content[at:], studied.patterns)
-
-
-def test_the_study_gave_the_model_of_the_pooled_rows(studied: Studied) -> None:
-    summary = studied.summary
-    assert summary["max_coefficient_gap"] < 1e-8, json.dumps(summary["max_coefficient_gap"])
-    assert summary["sums"] == "secure_sum"
-    assert len(summary["round_s"]) == summary["messages"]
-    assert summary["engine_round_s"] > 0
+@pytest.mark.slow
+def test_no_path_of_a_site_reaches_a_server_or_the_network(finished: Finished) -> None:
+    paths = [str(finished.root / f"site-0{i}") for i in range(1, 5)]
+    search = Search(patterns_of(paths, []))
+    places = [finished.root / x for of in PLACES.values() for x in of]
+    assert search.in_files(*(p for p in places if p.exists())) == {}
+    assert search.in_files(finished.root / "site-04" / "logs")  # where the failure's text is

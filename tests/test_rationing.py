@@ -143,7 +143,6 @@ def test_another_scaling_does_not_buy_a_second_budget_of_sums() -> None:
     assert len(told) <= RERUNS
 
 
-@pytest.mark.xfail(strict=True, reason="site.py: other networks make other sums, uncounted")
 def test_another_network_does_not_buy_a_second_budget_of_sums() -> None:
     rows = site_rows(300, 1)
     table = rows.tables.pop("radiology")
