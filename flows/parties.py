@@ -7,6 +7,7 @@ in the kit; what an operator reads are the few lines of this file.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import signal
 import subprocess
@@ -106,6 +107,11 @@ class Party:
     def run(self, stop: threading.Event) -> int:
         """Keep the service running until ``stop``; 0 then, 1 if it dies again and again."""
         settle(self._kit)
+        with _only_one(self._kit):
+            _end_left_over(self._kit)
+            return self._keep_running(stop)
+
+    def _keep_running(self, stop: threading.Event) -> int:
         restarts: list[float] = []
         while not stop.is_set():
             self._say("starting")
@@ -209,6 +215,28 @@ def _stop(service: subprocess.Popen[bytes]) -> None:
     for job in jobs:
         with suppress(ProcessLookupError):
             os.kill(job, signal.SIGKILL)
+
+
+@contextmanager
+def _only_one(kit: Path) -> Iterator[None]:
+    """Let no second party run from a kit; a party that is killed lets go of it."""
+    with (kit / "service.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ProvisionError(
+                "kit: found its party running already, needed it stopped; end that one first"
+            ) from None
+        yield
+
+
+def _end_left_over(kit: Path) -> None:
+    """End what a party that was killed left running: of two services of a site, neither works."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if os.fsencode(kit) in words and any(x.startswith(b"nvflare.private.") for x in words):
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def _children(pid: int) -> list[int]:

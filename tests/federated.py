@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
+import signal
 import ssl
 import tempfile
 import threading
@@ -24,7 +26,7 @@ from infra.settings import STUDY_FILE, Workspace
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import pytest
 
@@ -51,6 +53,24 @@ def children(pid: int) -> list[int]:
     """Ids of a process's children."""
     listed = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for file in listed for child in file.read_text().split()]
+
+
+def services_of(kit: Path) -> list[int]:
+    """Ids of the engine's services that run from a site's kit."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if str(kit) in words and "nvflare.private.fed.app.client.client_train" in words:
+                found.append(int(process.name))
+    return found
+
+
+def end_services(kits: Iterable[Path]) -> None:
+    """End what a party that was killed left running."""
+    for pid in [pid for kit in kits for pid in services_of(kit)]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _begun(pid: int) -> int:
@@ -152,13 +172,7 @@ class Loopback:
 
     def services(self, party: str) -> list[int]:
         """Ids of all services that run from a party's kit, whoever started them."""
-        kit, found = str(self.kits[party]), []
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                if kit in words and "nvflare.private.fed.app.client.client_train" in words:
-                    found.append(int(process.name))
-        return found
+        return services_of(self.kits[party])
 
     def job(self, party: str) -> int:
         """Id of the process of the job that runs at a party."""
@@ -308,6 +322,7 @@ def loopback(root: Path, *, overhear: bool = False) -> Iterator[Loopback]:
             port = stack.enter_context(Wire(port, root / "wire-opened", kits)).port
         wire = stack.enter_context(Wire(port, root / "wire"))
         lead_through(wire, kits)
+        stack.callback(end_services, kits.values())  # after the parties were stopped
         pids = stack.enter_context(start_parties(kits, logs=root / "logs"))
         found = Loopback(root, load_protocol(root / STUDY_FILE), kits, pids, wire)
         stack.callback(found.stop)

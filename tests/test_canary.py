@@ -6,9 +6,11 @@ import base64
 import gzip
 import io
 import json
+import socket
 import struct
 import subprocess
 import sys
+import threading
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -34,6 +36,7 @@ _SYLLABLES = (
     "korb", "lus", "narf",
 )  # fmt: skip
 _CHUNK = 1 << 22
+_ANY_PROTOCOL = 3
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def _search_for(planted: Planted) -> Search:
     [
         b"Zorvik Thandquis", b"Wm9ydmlrIFRoYW5kcXVpcw==", b"YVpvcnZpayBUaGFuZHF1aXM",
         b"YWFab3J2aWsgVGhhbmRxdWlz", b"5a6f7276696b205468616e6471756973",
-        "Zorvik Thandquis".encode("utf-16-le"), gzip.compress(b"Zorvik Thandquis"),
+        "Zorvik Thandquis".encode("utf-16-le"), gzip.compress(b"Zorvik Thandquis", mtime=0),
     ],
 )  # fmt: skip
 def test_a_name_is_found_however_it_is_written(leaked: bytes) -> None:
@@ -298,7 +301,7 @@ def run_whole_study(root: Path) -> None:
         for site in sites:
             train_site(study, site)
         _tap(root / "payloads", planted.controls["engine"])
-        with federated.loopback(root, overhear=True):
+        with _capturing(root / "loopback"), federated.loopback(root, overhear=True):
             outcomes = [run_study(study, list(sites), "flare") for _ in range(2)]
         said = [{**x.summary, "reused": x.reused} for x in outcomes]
         (root / "said.json").write_text(json.dumps(said))
@@ -306,6 +309,34 @@ def run_whole_study(root: Path) -> None:
         with suppress(Exception):
             prepare_site(study, "site-04")
         _leak(root, planted.controls, run_id=outcomes[0].summary["run"])
+
+
+@contextmanager
+def _capturing(file: Path) -> Iterator[None]:
+    """Write down all loopback traffic, of whatever process, where this one may see it."""
+    try:
+        wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(_ANY_PROTOCOL))
+    except (AttributeError, PermissionError):  # another system, or not its administrator
+        yield
+        return
+    done = threading.Event()
+
+    def capture() -> None:
+        with file.open("wb") as seen:
+            while not done.is_set():
+                with suppress(TimeoutError):
+                    seen.write(wire.recv(1 << 17))
+
+    with wire:
+        wire.bind(("lo", 0))
+        wire.settimeout(0.5)
+        thread = threading.Thread(target=capture)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
 
 def _tap(file: Path, control: str) -> None:
@@ -345,7 +376,7 @@ def _leak(root: Path, controls: dict[str, str], *, run_id: str) -> None:
     run = client.search_runs([x.experiment_id for x in client.search_experiments()])[0]
     client.set_tag(run.info.run_id, "leaked", controls["mlflow"])
     leaked = base64.b64encode(b"x" + controls["run"].encode())
-    (root / "runs" / run_id[:12] / "leaked.csv.gz").write_bytes(gzip.compress(leaked))
+    (root / "runs" / run_id[:12] / "leaked.csv.gz").write_bytes(gzip.compress(leaked, mtime=0))
 
 
 @dataclass(frozen=True)
@@ -400,7 +431,7 @@ PLACES = {
     "MLflow's database": ("mlflow.db", "mlflow.db-wal"),
     "Prefect's database and files": ("prefect",),
     "what parties print": ("logs",),
-    "the network's traffic": ("wire",),
+    "the network's traffic": ("wire", "loopback"),
     "the network's traffic, decrypted": ("wire-opened",),
     "every message and reply": ("payloads",),
 }

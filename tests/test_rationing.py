@@ -169,7 +169,8 @@ def test_another_network_does_not_buy_a_second_budget_of_sums() -> None:
         *_, reply = (m.decode(study.answer(m.encode(x))) for x in requests)
         if isinstance(reply, m.Sums):
             told.add(reply.gradient.tobytes())
-    assert 0 < len(told) <= RERUNS
+    # Without any network the sums are others once more.
+    assert 0 < len(told) <= RERUNS + 1
 
 
 def test_an_identical_rerun_is_free_and_equal(tmp_path: Path) -> None:
