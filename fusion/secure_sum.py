@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 MINIMUM_ROSTER: Final = 3
 # Totals stay below it in size: a quarter of what 64 signed bits hold, so sums cannot wrap.
 LIMIT: Final = 2.0**62
+# Zeros masked after a vector's last value: masks that do not cancel leave one with odds of 2^-128.
+GUARDS: Final = 1
 _FRACTION_BITS: Final = 64
 # Values that are masked at a time; their words, and those of one stream, fit into the cache.
 _BLOCK: Final = 1 << 14
@@ -206,7 +208,8 @@ class Masker:
         Returns
         -------
         numpy.ndarray
-            (n, 2) high and low word of each value, uniform to whoever lacks the keys.
+            (n + GUARDS, 2) high and low word of each value and of the guards, uniform to whoever
+            lacks the keys.
 
         Raises
         ------
@@ -216,7 +219,7 @@ class Masker:
         """
         if not self._pair_keys:
             raise MaskRefused("bad_key", "found no keys, needed those of every site")
-        checked = self._checked(values)
+        checked = np.append(self._checked(values), np.zeros(GUARDS))
         self._spend(round)
         words = np.empty((checked.size, 2), dtype=np.uint64)
         for number, block in enumerate(_blocks(checked.size)):
@@ -260,7 +263,7 @@ def unmask(masked: Mapping[str, Words], *, roster: Sequence[str]) -> NDArray[np.
     Parameters
     ----------
     masked
-        Per site (n, 2) words of :meth:`Masker.mask`.
+        Per site (n + GUARDS, 2) words of :meth:`Masker.mask`.
 
     Returns
     -------
@@ -281,18 +284,20 @@ def unmask(masked: Mapping[str, Words], *, roster: Sequence[str]) -> NDArray[np.
     if len({x.shape for x in all_words}) != 1 or any(not _are_words(x) for x in all_words):
         raise ValueError("secure sum: found words of other shapes, needed (n, 2) from every site")
     totals = np.empty(len(all_words[0]), dtype=np.float64)
+    guard = -1
     for block in _blocks(totals.size):
         high, low = all_words[0][block].T.copy()
         for words in all_words[1:]:
             _add(high, low, words[block, 0], words[block, 1])
         totals[block] = _decoded(high, low)
-    if (np.abs(totals) >= LIMIT).any():
+        guard = int(high[-1]) | int(low[-1])
+    if guard or (np.abs(totals) >= LIMIT).any():
         raise MaskRefused("bad_key", "found masks that do not cancel, needed those of one round")
-    return totals
+    return totals[:-GUARDS]
 
 
 def _are_words(found: Words) -> bool:
-    return found.dtype == np.uint64 and found.ndim == 2 and found.shape[1] == 2
+    return found.dtype == np.uint64 and found.ndim == 2 and found.shape[1] == 2 and len(found) > 0
 
 
 def _check_roster(roster: tuple[str, ...], site: str, *, needed: int) -> None:

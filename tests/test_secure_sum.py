@@ -20,7 +20,7 @@ from scipy.stats import chisquare
 
 from fusion import secure_sum
 from fusion.keys import Agreement, SigningKey
-from fusion.secure_sum import LIMIT, MaskContext, Masker, MaskRefused, unmask
+from fusion.secure_sum import GUARDS, LIMIT, MaskContext, Masker, MaskRefused, unmask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -493,8 +493,21 @@ def test_nobody_can_be_asked_for_what_unmasks_a_site_that_is_said_to_have_droppe
     # A later round of the same attempt still holds the masks of all four.
     later = {site: maskers[site].mask(values[site], round=2) for site in alive}
     refused("roster_changed", unmask, later, roster=SITES[:4])
-    refused("bad_key", unmask, {s: np.tile(x, (40, 1)) for s, x in later.items()}, roster=alive)
+    refused("bad_key", unmask, later, roster=alive)
     refused("bad_key", unmask, {**later, "d": sent["d"]}, roster=SITES[:4])
+
+
+@pytest.mark.border
+@pytest.mark.usefixtures("fixed_keys")
+@pytest.mark.parametrize("n", [0, 1, 2, 2**14])
+def test_masks_that_do_not_cancel_are_found_however_few_the_values(n: int):
+    for attempt in range(1, 9):
+        maskers = agreed(context_of(SITES[:3], attempt=attempt))
+        sent = {site: x.mask(np.zeros(n), round=1) for site, x in maskers.items()}
+        assert {x.shape for x in sent.values()} == {(n + GUARDS, 2)}
+        late = sent | {"a": maskers["a"].mask(np.zeros(n), round=2)}
+        refused("bad_key", unmask, late, roster=SITES[:3])
+        np.testing.assert_array_equal(unmask(sent, roster=SITES[:3]), np.zeros(n))
 
 
 @pytest.mark.border

@@ -13,6 +13,7 @@ import numpy as np
 from fusion import messages as m
 from fusion.federation.plan import PROTOCOL
 from fusion.federation.totals import is_added, n_added
+from fusion.secure_sum import GUARDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -229,7 +230,7 @@ def _evaluated(request: m.AskEvaluation, reply: m.Evaluation, plan: FederationPl
 
 
 def _masked(request: m.Message, reply: m.Masked, plan: FederationPlan) -> bool:
-    return is_added(request) and len(reply.words) == n_added(request, plan)
+    return is_added(request) and len(reply.words) == n_added(request, plan) + GUARDS
 
 
 def _stepped(request: m.AskPrivateSteps, reply: m.PrivateSteps, plan: FederationPlan) -> bool:
