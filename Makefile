@@ -20,7 +20,7 @@ test: $(STAMP)  ## run the fast tests
 	$(BIN)/python -m pytest -n 2
 
 slow: $(STAMP)  ## run the slow tests
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow and not gpu"
 
 lint: $(STAMP)  ## check style, types and who imports whom
 	$(BIN)/ruff check

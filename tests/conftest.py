@@ -25,3 +25,16 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real data not found: set CONSILIUM_DATA to their folder")
     return folder
+
+
+# Files that make one consortium over the engine for all of them, see `federated.shared`.
+ENGINE = {"test_canary", "test_failures", "test_federated_study", "test_flare"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that share what is slow to make in one process, where several run them."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            group = "engine" if item.path.stem in ENGINE else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(group))
