@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import gc
 import http.client
 import os
-import runpy
+import secrets
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import typer
 
+from flows import service_programs
+from flows.service_programs import MARK, STOP_S, end_marked
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-HOST = "127.0.0.1"
-_STOP_S = 10.0
+HOST = service_programs.HOST
+_KEPT_LOG_BYTES = 5_000_000
 _POLL_S = 0.1
+_FEW_ARENAS = {"MALLOC_ARENA_MAX": "2"}  # a server that idles keeps what its threads took
 
 
 class ServiceError(RuntimeError):
@@ -65,7 +67,7 @@ class Server:
             If it ended, or does not answer within ``timeout_s``.
         """
         deadline = time.monotonic() + timeout_s
-        while not self._answers():
+        while not self.answers():
             self.check_running()
             if time.monotonic() > deadline:
                 raise ServiceError(
@@ -88,7 +90,8 @@ class Server:
                 f"{self.name}: found it ended with code {code}, needed it running; read its log"
             )
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
+        """Say whether it answers that it is well."""
         own = [] if self.process is None else [urllib.request.ProxyHandler({})]
         opener = urllib.request.build_opener(*own)  # a proxy cannot reach this machine's loopback
         try:
@@ -150,10 +153,15 @@ def client_settings(api_url: str, home: Path) -> dict[str, str]:
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
     }
     if urlsplit(api_url).hostname in (HOST, "localhost", "::1"):
-        direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
-        hosts = ",".join(filter(None, [direct, HOST, "localhost"]))
-        settings |= {"NO_PROXY": hosts, "no_proxy": hosts}
+        settings |= _direct_loopback()
     return settings
+
+
+def _direct_loopback() -> dict[str, str]:
+    """Keep requests to this machine off a proxy, which could not reach it."""
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+    hosts = ",".join(filter(None, [direct, HOST, "localhost"]))
+    return {"NO_PROXY": hosts, "no_proxy": hosts}
 
 
 def open_ui(
@@ -193,7 +201,7 @@ def open_ui(
         prefect = _prefect(root / "prefect", port=port, mode="ui", log=root / "logs/prefect.log")
         servers = [stack.enter_context(prefect)]
         port = _announced_port("MLflow", mlflow_port, announce)
-        servers.append(stack.enter_context(_mlflow(root, port=port)))
+        servers.append(stack.enter_context(_mlflow(root, port=port, log=root / "logs/mlflow.log")))
         announce("starting; the first time takes longer")
         for server in servers:
             server.wait_ready()
@@ -254,7 +262,9 @@ def _private(home: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _prefect(home: Path, *, port: int, mode: str, log: Path) -> Iterator[Server]:
+def _prefect(
+    home: Path, *, port: int, mode: str, log: Path, more: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     home.mkdir(parents=True, exist_ok=True)
     address = f"http://{HOST}:{port}"
     settings = {
@@ -264,7 +274,10 @@ def _prefect(home: Path, *, port: int, mode: str, log: Path) -> Iterator[Server]
         "PREFECT_SERVER_UI_API_URL": f"{address}/api",
         "PREFECT_SERVER_UI_ENABLED": str(mode == "ui").lower(),
         "PREFECT_SERVER_UI_V2_ENABLED": "false",  # its pages call out
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home.resolve() / "ui"),
+        **_FEW_ARENAS,
+        **(more or {}),
     }
     arguments = ["prefect", mode, str(port)]
     with _child(arguments, settings=settings, cwd=home, log=log) as process:
@@ -272,108 +285,93 @@ def _prefect(home: Path, *, port: int, mode: str, log: Path) -> Iterator[Server]
 
 
 @contextmanager
-def _mlflow(root: Path, *, port: int) -> Iterator[Server]:
+def _mlflow(
+    root: Path,
+    *,
+    port: int,
+    log: Path,
+    database_url: str | None = None,
+    artifacts: str | None = None,
+) -> Iterator[Server]:
+    """Run MLflow's server over the store in a folder; whatever it is told names no password."""
+    hosts = f"{HOST}:{port},localhost:{port}"
     settings = {
+        "MLFLOW_BACKEND_STORE_URI": database_url or f"sqlite:///{root / 'mlflow.db'}",
+        "MLFLOW_SERVER_ALLOWED_HOSTS": hosts,
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(f"http://{x}" for x in hosts.split(",")),
+        "MLFLOW_SERVER_X_FRAME_OPTIONS": "DENY",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_AI_GATEWAY": "false",
         "DO_NOT_TRACK": "true",
+        **_FEW_ARENAS,
     }
     arguments = [
-        *("mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", f"sqlite:///{root / 'mlflow.db'}"),
-        *("--default-artifact-root", str(root / "artifacts")),
-        *("--artifacts-destination", str(root / "artifacts")),
-        *("--x-frame-options", "DENY", "--uvicorn-opts", "--timeout-graceful-shutdown 3"),
+        *("mlflow", str(port), "--workers", "1"),
+        *(
+            "--default-artifact-root",
+            "mlflow-artifacts:/" if artifacts else str(root / "artifacts"),
+        ),
+        *("--artifacts-destination", artifacts or str(root / "artifacts")),
     ]
-    log = root / "logs/mlflow.log"
-    with _child(arguments, settings=settings, cwd=root / "logs", log=log) as process:
+    with _child(arguments, settings=settings, cwd=log.parent, log=log) as process:
         yield Server("MLflow server", f"http://{HOST}:{port}", process)
 
 
 @contextmanager
 def _child(
-    arguments: Sequence[str], *, settings: dict[str, str], cwd: Path, log: Path
+    arguments: Sequence[str], *, settings: Mapping[str, str], cwd: Path, log: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run this module in a process group of its own, which ends with the block or with us.
+    """Run a service in a process group of its own, which ends with the block or with us.
 
     The user's own Prefect and MLflow settings are left out, or they could move the database away
-    from the folder. The working folder is not searched for modules.
+    from the folder; so is the password of the databases, which only their servers are given. The
+    working folder is not searched for modules.
     """
-    ours = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
-    with log.open("wb") as output:
+    ours = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PREFECT_", "MLFLOW_")) and name != "CONSILIUM_DATABASE_URL"
+    }
+    mark = settings.get(MARK) or secrets.token_hex(16)
+    with _appended(log) as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flows.services", *arguments],
+            [sys.executable, "-m", "flows.service_programs", *arguments],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=cwd,
-            env={**ours, **settings, "PYTHONSAFEPATH": "1"},
+            env={
+                **ours,
+                **_direct_loopback(),
+                **settings,
+                **{MARK: mark, "PYTHONSAFEPATH": "1"},
+            },
             start_new_session=True,
         )
     try:
         yield process
     finally:
-        _stop(process)
+        _stop(process, mark)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
+def _appended(log: Path) -> IO[bytes]:
+    """Open a log at its end; a long one is put aside first, in place of the one before it."""
+    if log.is_file() and log.stat().st_size > _KEPT_LOG_BYTES:
+        log.replace(log.with_name(f"{log.name}.1"))
+    return log.open("ab")
+
+
+def _stop(process: subprocess.Popen[bytes], mark: str) -> None:
+    """End a service with all that it started, be it dead itself already."""
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     try:
-        process.wait(timeout=_STOP_S)
+        process.wait(timeout=1.5 * STOP_S)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     finally:
+        end_marked(mark)
         if process.stdin is not None:
             process.stdin.close()
-
-
-def _end_with_parent() -> None:
-    """Stop our process group once standard input closes: the parent stopped, however it did."""
-
-    def wait() -> None:
-        sys.stdin.buffer.read()
-        os.killpg(os.getpgrp(), signal.SIGTERM)
-        time.sleep(_STOP_S)
-        os.killpg(os.getpgrp(), signal.SIGKILL)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _serve_prefect(mode: str, port: str) -> None:
-    gc.disable()  # collecting while models are built costs a seventh of the start
-    import uvicorn
-    from prefect.server.api.server import create_app
-
-    app = create_app(ephemeral=mode == "api", final=True)
-    gc.enable()
-    gc.freeze()
-    uvicorn.run(
-        app,
-        host=HOST,
-        port=int(port),
-        log_level="error",
-        lifespan="on",
-        timeout_graceful_shutdown=3,
-    )
-
-
-def _serve_mlflow(arguments: Sequence[str]) -> None:
-    # MLflow runs its server as a child, which gets the same signal: outlive it, to leave none
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    sys.argv = ["mlflow", *arguments]
-    runpy.run_module("mlflow", run_name="__main__", alter_sys=True)
-
-
-def _main(program: str, *arguments: str) -> None:
-    _end_with_parent()
-    if program == "prefect":
-        _serve_prefect(*arguments)
-    else:
-        _serve_mlflow(arguments)
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

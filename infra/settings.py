@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError as PydanticSettingsError
 
 SITE_FILE = "site.toml"
 STUDY_FILE = "study.toml"
@@ -153,3 +154,72 @@ class Workspace(BaseSettings):
                 "file disagree"
             )
         return settings
+
+
+class ServiceSettings(BaseSettings):
+    """Where one party's services listen and keep what they know, from ``CONSILIUM_*`` variables."""
+
+    model_config = SettingsConfigDict(env_prefix="CONSILIUM_", frozen=True, extra="ignore")
+
+    prefect_port: int = Field(default=4200, ge=1, le=65535, description="port of Prefect's page")
+    mlflow_port: int = Field(default=5000, ge=1, le=65535, description="port of MLflow's page")
+    database_url: SecretStr | None = Field(
+        default=None,
+        description="PostgreSQL server, as postgresql://user:password@host:5432/name: Prefect gets "
+        "the database name_prefect and MLflow name_mlflow; SQLite files in the folder without it",
+    )
+    artifacts: str | None = Field(
+        default=None,
+        pattern=r"^s3://[a-z0-9][a-z0-9./-]*$",
+        description="S3-compatible store of MLflow's files, as s3://bucket/folder, found through "
+        "the variables AWS_*; a folder beside the database without it",
+    )
+    workers: int = Field(default=1, ge=1, le=32, description="worker processes")
+    worker_limit: int = Field(default=2, ge=1, le=64, description="runs at once of a worker")
+    prefect_auth: SecretStr | None = Field(
+        default=None, description="what a shared Prefect server wants from us, as user:password"
+    )
+
+
+def load_services(**given: Any) -> ServiceSettings:
+    """Read where services listen; what is given wins over the environment.
+
+    Raises
+    ------
+    SettingsError
+        If a variable cannot be used; it is named, its value is not.
+    """
+    try:
+        return ServiceSettings(**given)
+    except ValidationError as error:
+        names = ", ".join(f"CONSILIUM_{str(x['loc'][0]).upper()}" for x in error.errors())
+        raise SettingsError(f"environment: {names}: {error.errors()[0]['msg'].lower()}") from None
+
+
+class TimeSettings(BaseSettings):
+    """When a party's deployments run, from ``CONSILIUM_*`` variables; ``prefect.yaml`` without."""
+
+    model_config = SettingsConfigDict(env_prefix="CONSILIUM_", frozen=True, extra="ignore")
+
+    timezone: str | None = Field(default=None, description="time zone, as Europe/Berlin")
+    schedules: dict[str, str] = Field(
+        default_factory=dict,
+        description="JSON object of times as in a crontab, by flow",
+    )
+
+
+def load_times() -> TimeSettings:
+    """Read when deployments run.
+
+    Raises
+    ------
+    SettingsError
+        If a variable cannot be used.
+    """
+    try:
+        return TimeSettings()
+    except (ValidationError, PydanticSettingsError):
+        raise SettingsError(
+            "environment: CONSILIUM_SCHEDULES: needed a JSON object of times by flow, as "
+            '{"prepare-site": "30 0 * * *"}'
+        ) from None
