@@ -19,7 +19,7 @@ from fusion.federation.envelope import SignedTransport
 from modalities.files import fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from flows.protocol import StudyProtocol
@@ -32,7 +32,17 @@ _ECHOES: Final = 7
 
 
 class FederationRefused(RuntimeError):
-    """Sites that were asked to take part and none, or too few, of which does; says why."""
+    """Sites that were asked to take part and none, or too few, of which does; says why.
+
+    Attributes
+    ----------
+    codes
+        Per site that was asked and does not, why not.
+    """
+
+    def __init__(self, text: str, *, codes: Mapping[str, str] | None = None) -> None:
+        super().__init__(text)
+        self.codes = dict(codes or {})
 
 
 @dataclass
@@ -93,7 +103,8 @@ class Federation:
             why = ", ".join(f"{site} {code}" for site, code in sorted(self.codes.items()))
             raise FederationRefused(
                 f"sites: found {len(cohorts)} that take part, needed at least 2 ({why}); see the "
-                "logs of the sites"
+                "logs of the sites",
+                codes=self.codes,
             )
         return fingerprint([protocol, cohorts, code])
 
