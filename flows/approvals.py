@@ -147,6 +147,25 @@ def check_approvals(
     return None if own and len(alike) >= consortium.quorum else "not_approved"
 
 
+def sites_that_approved(
+    approvals: Iterable[Approval], *, protocol: str, consortium: Consortium
+) -> set[str]:
+    """Names of the sites whose valid approval is of this protocol in this consortium.
+
+    Parameters
+    ----------
+    protocol
+        Fingerprint of a ``study.toml``.
+    """
+    return {
+        a.site
+        for a in approvals
+        if _is_valid(a, consortium)
+        and (a.statement.study, a.statement.protocol, a.statement.consortium)
+        == (consortium.study, protocol, consortium.digest())
+    }
+
+
 def permit(
     request: m.Introduce,
     *,

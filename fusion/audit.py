@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 LOG_FILE: Final = "audit.jsonl"
 NOTHING: Final = "0" * 64
 HEAD_SEEN: Final = "head_seen"
+KEY_CHANGED: Final = "key_changed"
+KEY_TAKEN: Final = "key_taken"
 _FIELDS: Final = {"number", "at", "party", "kind", "about", "previous", "signature"}
 _AT: Final = "%Y-%m-%dT%H:%M:%SZ"
 _NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,39}")
@@ -181,6 +183,19 @@ class AuditLog:
             self._write(kind, plain)
             return self._head
 
+    def hand_over(self, key: SigningKey) -> None:
+        """Let another key sign from now on; the one so far signs that it does.
+
+        Raises
+        ------
+        AuditError
+            If the file is not as this object left it.
+        """
+        with self.held():
+            self._write(KEY_CHANGED, {"old": self._key.public, "new": key.public})
+            self._key = key
+            self._write(KEY_TAKEN, {})
+
     def entries(self, *, after: int = 0) -> list[Entry]:
         """Entries with a higher number than ``after``, in order."""
         with self.held():
@@ -217,6 +232,11 @@ class AuditLog:
                 "start again after `consilium audit verify`"
             )
         *lines, rest = self._read(self._end, size).split(b"\n")
+        if self._end and any(_is_change_from(line, self._key.public) for line in lines):
+            raise AuditError(
+                "audit log: found that this party's key was changed while it ran, needed the new "
+                "one; start again"
+            )
         for line in lines:
             self._take(line)
         end = self._end
@@ -265,6 +285,23 @@ class AuditLog:
         return b"".join(parts)
 
 
+def is_signed_by(path: Path, public: str) -> bool:
+    """Whether the last whole entry of a log was signed with this key; an empty log is anyone's.
+
+    Raises
+    ------
+    AuditError
+        If that line is no entry.
+    OSError
+        If the file cannot be read.
+    """
+    lines = _whole_lines(path)
+    if not lines:
+        return True
+    _read_line(lines[-1])
+    return _is_signed(lines[-1], public)
+
+
 def read_entries(path: Path) -> list[Entry]:
     """Read a log as it stands, an unfinished last line left out, without checking signatures.
 
@@ -300,7 +337,7 @@ def verify_log(
     Parameters
     ----------
     public
-        Public key of the log's party, 64 hex digits.
+        Public key of the log's party, 64 hex digits; that of today where keys were changed.
     witnesses
         Digest of some entries by number, as other parties saw them (:func:`witnesses_of`).
 
@@ -319,9 +356,12 @@ def verify_log(
     -----
     A party that rewrites its own log from some entry on signs every line of it anew; only what
     others saw tells, and only from the first entry that one of them saw. A last line without its
-    end was never answered for and counts as absent.
+    end was never answered for and counts as absent. What came before a change of keys is vouched
+    for by the entry of that change: if that one was edited, the first of them is named.
     """
-    entries = [_signed_entry(line, public) for line in _whole_lines(path)]
+    lines = _whole_lines(path)
+    keys = _signers(lines, public)
+    entries = [_signed_entry(line, key) for line, key in zip(lines, keys, strict=True)]
     return _first_fault(entries, witnesses or {})
 
 
@@ -403,6 +443,33 @@ def _whole_lines(path: Path) -> list[bytes]:
     with path.open("rb") as stream:
         fcntl.flock(stream, fcntl.LOCK_SH)
         return stream.read().split(b"\n")[:-1]
+
+
+def _signers(lines: Sequence[bytes], public: str) -> list[str]:
+    """Key of each line: the party's own, and up to a change of keys the one that it names."""
+    found = []
+    for line in reversed(lines):
+        public = _key_before(line, public)
+        found.append(public)
+    return found[::-1]
+
+
+def _key_before(line: bytes, public: str) -> str:
+    try:
+        entry = _read_line(line)
+    except AuditError:
+        return public
+    changes = entry.kind == KEY_CHANGED and entry.about.get("new") == public
+    old = entry.about.get("old")
+    return old if changes and isinstance(old, str) else public
+
+
+def _is_change_from(line: bytes, public: str) -> bool:
+    try:
+        entry = _read_line(line)
+    except AuditError:
+        return False
+    return entry.kind == KEY_CHANGED and entry.about.get("old") == public
 
 
 def _signed_entry(line: bytes, public: str) -> Entry | None:
