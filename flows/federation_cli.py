@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from infra.provision import Keys, ProvisionError, Server, provision, revoke
+from infra.provision import COORDINATOR, Keys, ProvisionError, Server, provision, rekey, revoke
 
 federation_app = typer.Typer(
     help="Run a study between machines: start-up kits, and the parties' services.",
@@ -22,6 +22,8 @@ KeyFolder = Annotated[
     typer.Option("--keys", help="Folder with SITE.pub of each site; else those below the study."),
 ]
 
+Kits = Annotated[Path, typer.Option("--kits", help="Folder with the kits.")]
+
 
 @federation_app.command("provision")
 def provision_kits(
@@ -34,7 +36,10 @@ def provision_kits(
     quorum: Annotated[
         int | None, typer.Option(min=1, help="Sites that must approve the study; else all.")
     ] = None,
-    valid_days: Annotated[int, typer.Option(min=1, help="Days that certificates last.")] = 360,
+    valid_days: Annotated[
+        int,
+        typer.Option(min=1, help="Days that the authority lasts; certificates last at most 360."),
+    ] = 1800,
 ) -> None:
     """Write one start-up kit per site, one for the coordinator and one for the admin.
 
@@ -69,15 +74,81 @@ def start(
     ] = None,
 ) -> None:
     """Run a party in the foreground until Ctrl-C, and start it again when it dies."""
+    from flows.certificates import check_certificates
     from flows.parties import run_party
 
+    check_certificates(kit, say=typer.echo)
     raise typer.Exit(run_party(kit, say=typer.echo, site_home=site_home))
+
+
+@federation_app.command("check")
+def check_kit(
+    kit: Annotated[Path, typer.Option(help="Start-up kit of any party.")],
+    running: Annotated[
+        bool, typer.Option("--running", help="Whether its party runs on this machine, instead.")
+    ] = False,
+) -> None:
+    """Say how long a kit's certificates count; exit 1 if one ends within 30 days.
+
+    With --running, for health checks: exit 1 if no party runs from the kit.
+    """
+    from flows.certificates import WARN_DAYS, certificates_of
+
+    if running:
+        from flows.parties import is_running
+
+        found = is_running(kit)
+        typer.echo("running" if found else "not running")
+        raise typer.Exit(0 if found else 1)
+    certificates = certificates_of(kit)
+    for one in certificates:
+        typer.echo(one.sentence())
+    raise typer.Exit(1 if certificates[0].days_left < WARN_DAYS else 0)
+
+
+@federation_app.command("renew")
+def renew_party(
+    party: Annotated[str, typer.Argument(help="A site, coordinator or admin.")],
+    kits: Kits = Path("kits"),
+) -> None:
+    """Make a party a new certificate before its old one ends; everyone else's stays.
+
+    The party replaces its kit's startup folder by the new one, and starts its service again.
+    """
+    from flows.certificates import renew_certificate
+
+    startup, first = renew_certificate(kits.resolve(), party)
+    typer.echo(f"{party}: {first.sentence()}")
+    typer.echo(f"{party}: give it {startup}, by a safe way: it holds a private key")
+
+
+@federation_app.command("rekey")
+def rekey_party(
+    party: Annotated[str, typer.Argument(help="A site, or coordinator.")],
+    pub: Annotated[
+        Path | None,
+        typer.Option(help="The site's new identity.pub; the coordinator's key is changed here."),
+    ] = None,
+    kits: Kits = Path("kits"),
+    root: Annotated[Path, typer.Option(help="The coordinator's folder.")] = Path(),
+) -> None:
+    """Put a party's new key in place of its old one, which counts for nothing from then on.
+
+    The consortium changes by this, so every site approves the study again.
+    """
+    if not any(kits.glob("*/consortium.json")):
+        raise ProvisionError("kits: found none in the folder, needed those of the study")
+    changed = rekey(kits, party, _new_key(party, pub, root))
+    typer.echo(
+        f"{party}: its new key is in force; give every party the new {changed.name}, and every "
+        "site approves the study again"
+    )
 
 
 @federation_app.command("revoke")
 def revoke_site(
     site: Annotated[str, typer.Argument(help="Name of the site.")],
-    kits: Annotated[Path, typer.Option(help="Folder with the kits.")] = Path("kits"),
+    kits: Kits = Path("kits"),
 ) -> None:
     """Shut a site out: the running coordinator drops it, and its key counts no more.
 
@@ -90,13 +161,32 @@ def revoke_site(
     typer.echo(f"{site}: shut out; give every site the new {changed.name}, to be approved again")
 
 
+def _new_key(party: str, pub: Path | None, root: Path) -> str:
+    """Public key to put in place: the coordinator's is made here, a site sends its own."""
+    if party == COORDINATOR:
+        from flows.identity import rotate
+
+        return rotate(root / COORDINATOR, party=COORDINATOR).new
+    if pub is None:
+        raise ProvisionError(
+            f"{party}: needed --pub, the file identity.pub that the site has after `consilium site "
+            "key --rotate`"
+        )
+    return _public_key(party, pub)
+
+
 def _site_key(name: str, root: Path, folder: Path | None) -> str:
     """Public key of a site: as it sent it, or made here where its files are on this machine."""
     if folder is None and (root / name / "site.toml").is_file():
         from flows.identity import identity
 
         return identity(root / name).public
-    path = root / name / "identity.pub" if folder is None else folder / f"{name}.pub"
+    return _public_key(
+        name, root / name / "identity.pub" if folder is None else folder / f"{name}.pub"
+    )
+
+
+def _public_key(name: str, path: Path) -> str:
     try:
         key = path.read_text().strip()
     except OSError:

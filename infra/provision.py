@@ -13,12 +13,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 COORDINATOR: Final = "coordinator"
 ADMIN: Final = "admin"
@@ -30,7 +30,8 @@ LAUNCHER: Final = "fusion.flare.SiteJobLauncher"
 _RESERVED: Final = {COORDINATOR, ADMIN, AUTHORITY, "server", "relay"}
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,39}")
 _HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
-_USER: Final = "study@consilium.local"
+STUDY_USER: Final = "study@consilium.local"
+_PUBLIC_KEY: Final = re.compile(r"[0-9a-f]{64}")
 _ORG: Final = "consilium"
 _ROLE: Final = "lead"
 # They say a dozen lines per message.
@@ -93,7 +94,7 @@ def provision(
     out: Path,
     server: Server = Server(),
     homes: Mapping[str, Path] | None = None,
-    valid_days: int = 360,
+    valid_days: int = 1800,
 ) -> dict[str, Path]:
     """Write one kit per site, one for the coordinator and one for the admin.
 
@@ -111,7 +112,8 @@ def provision(
     homes
         Per site whose files are on this machine, the folder with ``study.toml`` and the site.
     valid_days
-        Days until the certificates expire.
+        Days until the authority expires, and with it every certificate; these last at most 360
+        days each, and are renewed by :func:`infra.renewal.renew`.
 
     Returns
     -------
@@ -133,13 +135,13 @@ def provision(
                 f"{out.name}/{name}: found a kit, needed none; move it away or name another folder"
             )
     out.mkdir(parents=True, exist_ok=True, mode=0o700)
-    made = _run_engine(study, sites, out / AUTHORITY, server=server, valid_days=valid_days)
+    made = run_engine(study, sites, out / AUTHORITY, server=server, valid_days=valid_days)
     kits = {name: out / name for name in names}
     try:
         for name, kit in kits.items():
-            source = {COORDINATOR: server.host, ADMIN: _USER}.get(name, name)
+            source = {COORDINATOR: server.host, ADMIN: STUDY_USER}.get(name, name)
             shutil.move(made / source, kit)
-            _narrow(kit, name)
+            narrow(kit, name)
             _write(kit / CONSORTIUM_FILE, consortium_bytes(study, keys).decode())
             home = (homes or {}).get(name)
             _write_json(
@@ -198,27 +200,88 @@ def set_home(kit: Path, home: Path) -> None:
 def revoke(kits: Path, site: str) -> Path:
     """Count a site's key as revoked in the consortium of every kit below a folder; give one file.
 
+    The quorum is lowered to the sites that are left, where it was higher.
+
     Raises
     ------
     ProvisionError
         If no kit lists the site.
     """
+    return _rewrite(kits, lambda keys: _without(keys, site))
+
+
+def rekey(kits: Path, party: str, public: str) -> Path:
+    """Put a party's new key in place of its old one, which counts as revoked from then on.
+
+    Rewrites the consortium of every kit below a folder and gives one file. All parties need the
+    new file, and every site approves the study again, since the consortium has changed.
+
+    Parameters
+    ----------
+    party
+        Name of a site, or ``coordinator``.
+    public
+        Its new public key, 64 hex digits.
+
+    Raises
+    ------
+    ProvisionError
+        If no kit lists the party, or the key is none, one in force or one that was revoked.
+    """
+    if not _PUBLIC_KEY.fullmatch(public):
+        raise ProvisionError(f"{party}: found no public key, needed 64 hex digits")
+    return _rewrite(kits, lambda keys: _rekeyed(keys, party, public))
+
+
+def _rewrite(kits: Path, change: Callable[[Keys], Keys]) -> Path:
     files = sorted(kits.glob(f"*/{CONSORTIUM_FILE}"))
     if not files:
         raise ProvisionError("kits: found none in the folder, needed those of the study")
     value = json.loads(files[0].read_text())
-    key = value["sites"].get(site)
-    if key is None:
-        raise ProvisionError(f"{site}: found no such site in {CONSORTIUM_FILE}")
-    keys = Keys(
-        value["coordinator"],
-        value["sites"],
-        quorum=value["quorum"],
-        revoked=tuple(sorted({*value["revoked"], key})),
+    keys = change(
+        Keys(
+            value["coordinator"],
+            value["sites"],
+            quorum=value["quorum"],
+            revoked=tuple(value["revoked"]),
+        )
     )
     for file in files:
         _write(file, consortium_bytes(value["study"], keys).decode())
     return files[0]
+
+
+def _without(keys: Keys, site: str) -> Keys:
+    if site == COORDINATOR:
+        raise ProvisionError(
+            f"{COORDINATOR}: found the coordinator, needed a site; without it there is no study"
+        )
+    revoked = {*keys.revoked, _key_of(keys, site)}
+    in_force = sum(key not in revoked for key in keys.sites.values())
+    # A quorum of more sites than are left could never be reached.
+    quorum = max(1, min(keys.quorum, in_force))
+    return replace(keys, quorum=quorum, revoked=tuple(sorted(revoked)))
+
+
+def _rekeyed(keys: Keys, party: str, public: str) -> Keys:
+    old = _key_of(keys, party)
+    if public == old:
+        raise ProvisionError(f"{party}: found its present key, needed its new one")
+    if public in {keys.coordinator, *keys.sites.values(), *keys.revoked}:
+        raise ProvisionError(
+            f"{party}: found a key that another party has or that was revoked, needed a new one"
+        )
+    revoked = tuple(sorted({*keys.revoked, old}))
+    if party == COORDINATOR:
+        return replace(keys, coordinator=public, revoked=revoked)
+    return replace(keys, sites={**keys.sites, party: public}, revoked=revoked)
+
+
+def _key_of(keys: Keys, party: str) -> str:
+    key = keys.coordinator if party == COORDINATOR else keys.sites.get(party)
+    if key is None:
+        raise ProvisionError(f"{party}: found no such site in {CONSORTIUM_FILE}")
+    return key
 
 
 def settle(kit: Path) -> None:
@@ -266,10 +329,23 @@ def _check(study: str, sites: Sequence[str], server: Server, out: Path) -> None:
         raise ProvisionError(f"port: found {server.port}, needed 1 to 65535")
 
 
-def _run_engine(
+def run_engine(
     study: str, sites: Sequence[str], authority: Path, *, server: Server, valid_days: int
 ) -> Path:
-    """Let the engine make certificates and raw kits; give the folder that holds them."""
+    """Let the engine make certificates and raw kits; give the folder that holds them.
+
+    Parameters
+    ----------
+    authority
+        Folder of the authority's key, which is made if absent and kept.
+    valid_days
+        Life of the authority, the same at every call; certificates last at most 360 days of it.
+
+    Raises
+    ------
+    ProvisionError
+        If the engine's own provisioning fails.
+    """
     authority.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(prefix="consilium-") as scratch:
         project = Path(scratch) / "project.yml"  # JSON is YAML
@@ -305,7 +381,7 @@ def _project(study: str, sites: Sequence[str], server: Server, valid_days: int) 
                 "fed_learn_port": server.port, "admin_port": server.port,
             },
             *({"name": site, "type": "client", "org": _ORG} for site in sites),
-            {"name": _USER, "type": "admin", "org": _ORG, "role": _ROLE},
+            {"name": STUDY_USER, "type": "admin", "org": _ORG, "role": _ROLE},
         ],
         "builders": [
             {
@@ -327,8 +403,8 @@ def _project(study: str, sites: Sequence[str], server: Server, valid_days: int) 
     }  # fmt: skip
 
 
-def _narrow(kit: Path, name: str) -> None:
-    """Keep of a raw kit what the federation needs, and forbid the rest."""
+def narrow(kit: Path, name: str) -> Path:
+    """Keep of a raw kit what the federation needs, and forbid the rest; give the kit."""
     for left_over in (
         *kit.glob("startup/*.sh"), *kit.glob("startup/*.ipynb"), *kit.glob("*/readme.txt"),
         *kit.glob("readme.txt"), *kit.glob("local/*.sample"),
@@ -344,6 +420,7 @@ def _narrow(kit: Path, name: str) -> None:
         _write_json(kit / "local" / "log_config.json", _log_config())
         (kit / "transfer").mkdir(exist_ok=True)
     _write_json(kit / "local" / "resources.json", resources)
+    return kit
 
 
 def _resources(resources: dict[str, Any], *, server: bool) -> dict[str, Any]:
