@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow lint docs lock clean
+.PHONY: help install demo test slow lint docs lock bundle clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ docs: $(STAMP)  ## build the pages of docs/ into build/docs
 lock: $(BIN)/uv  ## resolve the dependencies anew into requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --generate-hashes \
 		--no-header --no-emit-index-url --no-annotate -o requirements.lock
+
+bundle: $(STAMP)  ## make dist/bundle, which installs without a network; needs 12 GB, LOCK=... for another lock
+	$(BIN)/python -m infra.lock requirements.lock > $(VENV)/runtime.lock
+	PYTHON="$(BIN)/python" infra/scripts/bundle.sh dist/bundle "$(or $(LOCK),$(VENV)/runtime.lock)"
 
 clean:  ## remove .venv, caches and builds; results of the demo stay
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

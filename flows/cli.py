@@ -26,6 +26,7 @@ from flows.terminal import (
     serving,
     write_new,
 )
+from infra.network import network_environment
 from infra.settings import STUDY_FILE, SettingsError
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def main() -> None:
     # Our matrices are small: more threads in each product only wait for one another.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
+        os.environ.update(network_environment(os.environ))
         app()
     except KeyboardInterrupt:
         _interrupted()
@@ -93,9 +95,17 @@ def _sentence(error: Exception) -> str | None:
     """Give what a user should read of an expected error; None for a defect of ours."""
     if isinstance(error, UsageError | SettingsError):
         return str(error)
+    from flows.certificates import CertificateExpired
+    from flows.decisions import DecisionRefused, PromotionRefused
+    from flows.deployments import DeploymentError
     from flows.federated import FederationRefused
+    from flows.mlflow_store import RegistryError
+    from flows.model_signing import ModelNotTrusted
     from flows.parties import PartyFailed
+    from flows.policy import PolicyError
     from flows.protocol import ProtocolError
+    from flows.provenance import LineageError
+    from flows.registered_model import PredictionRefused
     from flows.sealed import SiteError
     from flows.services import ServiceError
     from fusion.audit import AuditError
@@ -111,7 +121,9 @@ def _sentence(error: Exception) -> str | None:
     known = (
         ProtocolError, ServiceError, QuorumNotMet, ConvergenceError, DataError, MissingWeights,
         UnknownEncoder, FederationRefused, FederationLost, PartyFailed, ProvisionError, AuditError,
-        BoundsBroken, KeyFault,
+        BoundsBroken, KeyFault, CertificateExpired, DeploymentError, PredictionRefused,
+        DecisionRefused, PolicyError, PromotionRefused, LineageError, ModelNotTrusted,
+        RegistryError,
     )  # fmt: skip
     if isinstance(error, known):
         return str(error)
@@ -367,13 +379,25 @@ def _print_seeds(found: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _register() -> None:
+    from flows.approve_cli import register as register_approve
     from flows.audit_cli import audit_app
+    from flows.deploy_cli import register as register_deploy
+    from flows.dossier_cli import register as register_dossier
     from flows.extract_cli import extract_app
     from flows.federation_cli import federation_app
+    from flows.lineage_cli import lineage_app
+    from flows.predict_cli import register as register_predict
+    from flows.serve_cli import register as register_serve
 
     app.add_typer(extract_app, name="extract")
     app.add_typer(federation_app, name="federation")
     app.add_typer(audit_app, name="audit")
+    app.add_typer(lineage_app, name="lineage")
+    register_approve(app)
+    register_deploy(app)
+    register_dossier(app)
+    register_predict(app)
+    register_serve(app)
 
 
 _register()

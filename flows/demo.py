@@ -151,7 +151,7 @@ def run_workspace(
             left_out = train_site(study, site)
         say(f"{site}: {_trained(left_out)}")
     with _parties(root, sites, run, federation), watch.stage("study"):
-        outcome = run_study(study, list(sites), federation)
+        outcome: Any = run_study(study, list(sites), federation)
     return _told(root, outcome, run)
 
 
@@ -170,7 +170,7 @@ def run_from_kits(root: Path, run: Run) -> dict[str, Any]:
         run.server.wait_ready()
     study = load_protocol(root / STUDY_FILE).study.name
     with run.watch.stage("study"):
-        outcome = run_study(study, [], "flare")
+        outcome: Any = run_study(study, [], "flare")
     return _told(root, outcome, run)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import anndata as ad
 import numpy as np
 
+from flows.extraction_keys import CODE, KEY, SOURCE, MadeFrom, Recipe, recipe
 from flows.protocol import kind_of
 from modalities.cohort import DataError, Exclusion, ManifestRow, feature_table
 from modalities.files import digest_path, fingerprint, replacing
@@ -20,9 +21,9 @@ from modalities.pathology import (
     PathologySpec,
     digest_slide,
     extract_slide,
-    is_current,
     load_tile_encoder,
     read_bag,
+    read_marks,
 )
 from modalities.radiology import RadiologySpec, ScanRow, extract_scans, scan_digest
 from modalities.tabular import TabularSpec, read_table
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
+    import pandas as pd
     from numpy.typing import NDArray
 
     from flows.protocol import ModalitySpec
@@ -50,6 +52,7 @@ class Batch:
     number: int
     rows: tuple[ManifestRow, ...]
     digests: tuple[str, ...]
+    recipe: Recipe
 
 
 class Ledger:
@@ -74,7 +77,7 @@ class Ledger:
         DataError
             If it cannot be read.
         """
-        key = "\0".join(map(str, (kind_of(spec), row.path, row.mask_path, row.roi)))
+        key = _where(row, spec)
         signature = _signature(row)
         known = self._known.get(key)
         if known is None or known[0] != signature:
@@ -82,10 +85,25 @@ class Ledger:
             self._known[key] = known
         return known[1]
 
+    def known(self, row: ManifestRow, spec: ModalitySpec) -> str | None:
+        """Digest of a row's raw input; None where it is new or looks changed, as nothing is read.
+
+        Raises
+        ------
+        OSError
+            If it is not there.
+        """
+        known = self._known.get(_where(row, spec))
+        return known[1] if known is not None and known[0] == _signature(row) else None
+
     def save(self) -> None:
         """Write the ledger."""
         with replacing(self._path) as temporary:
             temporary.write_text(json.dumps(self._known))
+
+
+def _where(row: ManifestRow, spec: ModalitySpec) -> str:
+    return "\0".join(map(str, (kind_of(spec), row.path, row.mask_path, row.roi)))
 
 
 def _signature(row: ManifestRow) -> str:
@@ -120,6 +138,10 @@ class ModalityWork:
         Batches still to do.
     faults
         Inputs that could not even be read.
+    recipe
+        How features are made now.
+    made
+        What the features of each of ``rows`` were made from, when this was planned.
     """
 
     modality: str
@@ -129,6 +151,8 @@ class ModalityWork:
     digests: tuple[str, ...]
     pending: tuple[Batch, ...]
     faults: tuple[Exclusion, ...]
+    recipe: Recipe
+    made: tuple[MadeFrom | None, ...]
 
     @property
     def table_path(self) -> Path:
@@ -143,9 +167,13 @@ def plan_modality(
     *,
     features: Path,
     ledger: Ledger,
+    secret: bytes,
     batch_size: int,
 ) -> ModalityWork:
-    """Find which inputs of a modality are new, changed, or were set aside last time."""
+    """Find which inputs of a modality are new, changed, or were set aside last time.
+
+    All are pending under another spec, or where the extractor's own code is another.
+    """
     readable: list[ManifestRow] = []
     digests: list[str] = []
     faults: list[Exclusion] = []
@@ -159,23 +187,26 @@ def plan_modality(
             faults.append(
                 Exclusion(row.patient_id, modality, "unreadable_file", "the file cannot be read")
             )
-    done = _done(modality, spec, features)
+    now = recipe(spec, secret)
+    done = features_of(modality, spec, readable, features)
     waiting = [
         (row, digest)
-        for row, digest in zip(readable, digests, strict=True)
-        if not _is_done(row, digest, spec, features / modality, done)
+        for row, digest, made in zip(readable, digests, done, strict=True)
+        if now.why_stale(made, digest) is not None
     ]
     whole_file = isinstance(spec, OmicsSpec | TabularSpec)
     if whole_file and waiting:
         waiting = list(zip(readable, digests, strict=True))
     size = max(1, len(waiting)) if whole_file else batch_size
     batches = tuple(
-        Batch(modality, i, *(tuple(x) for x in zip(*waiting[at : at + size], strict=True)))
+        Batch(modality, i, tuple(r for r, _ in part), tuple(d for _, d in part), now)
         for i, at in enumerate(range(0, len(waiting), size), start=1)
+        for part in [waiting[at : at + size]]
     )
     return ModalityWork(
-        modality, spec, features, tuple(readable), tuple(digests), batches, tuple(faults)
-    )
+        modality, spec, features, tuple(readable), tuple(digests), batches, tuple(faults), now,
+        tuple(done),
+    )  # fmt: skip
 
 
 def one_input_each(
@@ -194,25 +225,41 @@ def one_input_each(
     return [found[0] for found in by_patient.values() if len(found) == 1]
 
 
-def _done(modality: str, spec: ModalitySpec, features: Path) -> dict[str, str]:
-    """Per patient, the digest of the input that the modality's table was made from."""
-    table = _read_features(features / f"{modality}.h5ad", spec)
-    if table is None:
-        return {}
-    return dict(zip(table.obs_names, table.obs["source_digest"].astype(str), strict=True))
-
-
-def _is_done(
-    row: ManifestRow, digest: str, spec: ModalitySpec, bags: Path, done: Mapping[str, str]
-) -> bool:
+def features_of(
+    modality: str, spec: ModalitySpec, rows: Sequence[ManifestRow], features: Path
+) -> list[MadeFrom | None]:
+    """Find what the features of each input were made from; None where there are none."""
     if isinstance(spec, PathologySpec):
-        return is_current(
-            _bag_path(row, bags), input_digest=digest, spec_fingerprint=spec.fingerprint()
-        )
-    return done.get(row.patient_id) == digest
+        return [_bag_made_from(bag_path(row, features / modality)) for row in rows]
+    table = _read_table(features / f"{modality}.h5ad")
+    made = {} if table is None else _rows_made_from(table)
+    return [made.get(row.patient_id) for row in rows]
 
 
-def _bag_path(row: ManifestRow, bags: Path) -> Path:
+def _bag_made_from(path: Path) -> MadeFrom | None:
+    marks = read_marks(path, ("input_digest", "spec_fingerprint", CODE, KEY))
+    if marks is None or not {"input_digest", "spec_fingerprint"} <= set(marks):
+        return None
+    source, spec = marks["input_digest"], marks["spec_fingerprint"]
+    return MadeFrom(source, spec, marks.get(CODE, ""), marks.get(KEY, ""))
+
+
+def _rows_made_from(table: ad.AnnData) -> dict[str, MadeFrom]:
+    spec, obs = str(table.uns.get("spec_fingerprint")), _marked(table.obs)
+    marks = zip(*(obs[x].astype(str) for x in (SOURCE, CODE, KEY)), strict=True)
+    return {
+        patient_id: MadeFrom(source, spec, code, key)
+        for patient_id, (source, code, key) in zip(obs.index, marks, strict=True)
+    }
+
+
+def _marked(obs: pd.DataFrame) -> pd.DataFrame:
+    """Give rows of before there were keys the empty ones."""
+    return obs.assign(**{x: "" for x in (CODE, KEY) if x not in obs})
+
+
+def bag_path(row: ManifestRow, bags: Path) -> Path:
+    """File of one slide's features in the folder of its modality."""
     # Two slides of one name in different folders must not share a bag; a moved site keeps its own.
     return bags / f"{row.path.stem}-{fingerprint(os.path.relpath(row.path, bags))[:8]}.h5"
 
@@ -226,7 +273,9 @@ def extract_batch(batch: Batch, spec: ModalitySpec, features: Path) -> list[Excl
     else:
         table, exclusions = _read_tables(batch, spec)
     source = dict(zip([r.patient_id for r in batch.rows], batch.digests, strict=True))
-    table.obs["source_digest"] = [source[x] for x in table.obs_names]
+    table.obs[SOURCE] = [source[x] for x in table.obs_names]
+    table.obs[CODE] = batch.recipe.code
+    table.obs[KEY] = [batch.recipe.key(source[x]) for x in table.obs_names]
     _add_rows(table, features / f"{batch.modality}.h5ad", spec)
     return exclusions
 
@@ -245,8 +294,10 @@ def _embed_slides(batch: Batch, spec: PathologySpec, bags: Path) -> list[Exclusi
     encoder = _tile_encoder(spec)
     exclusions = []
     for row, digest in zip(batch.rows, batch.digests, strict=True):
+        marks = {CODE: batch.recipe.code, KEY: batch.recipe.key(digest)}
+        out = bag_path(row, bags)
         try:
-            extract_slide(row.path, _bag_path(row, bags), spec, encoder, input_digest=digest)
+            extract_slide(row.path, out, spec, encoder, input_digest=digest, marks=marks)
         except DataError as fault:
             exclusions.append(Exclusion(row.patient_id, batch.modality, fault.code, str(fault)))
     return exclusions
@@ -315,11 +366,16 @@ def _stack(tables: Sequence[ad.AnnData]) -> ad.AnnData:
 
 def _read_features(path: Path, spec: ModalitySpec) -> ad.AnnData | None:
     """Read a feature table, or None where there is none of this spec."""
+    table = _read_table(path)
+    same = table is not None and table.uns.get("spec_fingerprint") == spec.fingerprint()
+    return table if same else None
+
+
+def _read_table(path: Path) -> ad.AnnData | None:
     try:
-        table = ad.read_h5ad(path)
+        return ad.read_h5ad(path)
     except (OSError, KeyError, ValueError):
         return None
-    return table if table.uns.get("spec_fingerprint") == spec.fingerprint() else None
 
 
 def _add_rows(table: ad.AnnData, path: Path, spec: ModalitySpec) -> None:
@@ -327,6 +383,7 @@ def _add_rows(table: ad.AnnData, path: Path, spec: ModalitySpec) -> None:
         before = _read_features(path, spec)
         if before is not None and before.n_obs:
             kept = before[~before.obs_names.isin(table.obs_names)].copy()
+            kept.obs = _marked(kept.obs)
             table = _stack([kept, table]) if table.n_obs else kept
         _write_features(table[np.sort(table.obs_names)].copy() if table.n_obs else table, path)
 
@@ -348,29 +405,34 @@ def collect(work: ModalityWork) -> ad.AnnData | None:
         table = _read_features(work.table_path, work.spec)
     if table is None or table.n_obs == 0:
         return None
-    current = dict(zip([r.patient_id for r in work.rows], work.digests, strict=True))
-    keep = [
-        isinstance(work.spec, PathologySpec) or current.get(patient_id) == digest
-        for patient_id, digest in zip(table.obs_names, table.obs["source_digest"], strict=True)
+    if isinstance(work.spec, PathologySpec):
+        return table
+    made = _rows_made_from(table)
+    current = [
+        row.patient_id
+        for row, digest in zip(work.rows, work.digests, strict=True)
+        if work.recipe.why_stale(made.get(row.patient_id), digest) is None
     ]
-    return table[np.array(keep, dtype=bool)].copy() if any(keep) else None
+    return table[table.obs_names.isin(current)].copy() if current else None
 
 
 def _collect_bags(work: ModalityWork, spec: PathologySpec) -> ad.AnnData | None:
     """Mean embedding and bag references per patient; kept on disk until a slide changes."""
     bags = work.features / work.modality
     fresh: dict[str, list[tuple[Path, str]]] = {}
-    for row, digest in zip(work.rows, work.digests, strict=True):
-        path = _bag_path(row, bags)
-        if is_current(path, input_digest=digest, spec_fingerprint=spec.fingerprint()):
-            fresh.setdefault(row.patient_id, []).append((path, digest))
+    for row, digest, known in zip(work.rows, work.digests, work.made, strict=True):
+        path = bag_path(row, bags)
+        was_current = work.recipe.why_stale(known, digest) is None and path.is_file()
+        made = known if was_current else _bag_made_from(path)
+        if made is not None and work.recipe.why_stale(made, digest) is None:
+            fresh.setdefault(row.patient_id, []).append((path, made.key or digest))
     source = {p: fingerprint([[b.name, d] for b, d in found]) for p, found in fresh.items()}
-    known = _read_features(work.table_path, spec)
-    if known is not None and _same(known, source):
-        return known
+    before = _read_features(work.table_path, spec)
+    if before is not None and _same(before, source):
+        return before
     if not fresh:
         return None
-    means = {p: mean for p, found in fresh.items() if (mean := _mean_embedding(found)) is not None}
+    means = _mean_embeddings(fresh, {} if before is None else _unchanged(before, source))
     if not means:
         return None
     table = feature_table(
@@ -380,10 +442,24 @@ def _collect_bags(work: ModalityWork, spec: PathologySpec) -> ad.AnnData | None:
         input_digests=[source[p] for p in means],
         spec_fingerprint=spec.fingerprint(),
     )
-    table.obs["source_digest"] = [source[p] for p in means]
+    table.obs[SOURCE] = [source[p] for p in means]
     table.obs["bag"] = [";".join(f"{work.modality}/{b.name}" for b, _ in fresh[p]) for p in means]
     _write_features(table, work.table_path)
     return table
+
+
+def _unchanged(table: ad.AnnData, source: Mapping[str, str]) -> dict[str, NDArray[np.floating]]:
+    """Rows of the patients whose slides are as they were: their bags need no reading."""
+    rows = zip(table.obs_names, table.obs[SOURCE].astype(str), np.asarray(table.X), strict=True)
+    return {patient_id: row for patient_id, made, row in rows if source.get(patient_id) == made}
+
+
+def _mean_embeddings(
+    bags: Mapping[str, Sequence[tuple[Path, str]]], known: Mapping[str, NDArray[np.floating]]
+) -> dict[str, NDArray[np.floating]]:
+    """Per patient the (dim,) mean over tiles, read only where it is not known."""
+    found = {p: known[p] if p in known else _mean_embedding(x) for p, x in bags.items()}
+    return {p: mean for p, mean in found.items() if mean is not None}
 
 
 def _mean_embedding(bags: Sequence[tuple[Path, str]]) -> NDArray[np.float64] | None:
@@ -399,6 +475,4 @@ def _mean_embedding(bags: Sequence[tuple[Path, str]]) -> NDArray[np.float64] | N
 
 
 def _same(table: ad.AnnData, source: Mapping[str, str]) -> bool:
-    return dict(zip(table.obs_names, table.obs["source_digest"].astype(str), strict=True)) == dict(
-        source
-    )
+    return dict(zip(table.obs_names, table.obs[SOURCE].astype(str), strict=True)) == dict(source)

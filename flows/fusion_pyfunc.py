@@ -4,6 +4,8 @@ In: one column per modality, its log hazard on the scale of its encoder, higher 
 where the patient lacks the modality. Out, per patient: ``log_hazard``, ``log_hazard_se`` (standard
 error, wider where modalities are missing) and ``survival_<days>`` at each time of the study's grid;
 all of them missing for a patient with no modality at all.
+
+A model that is not as the study's coordinator signed it is not loaded, whoever loads it.
 """
 
 from pathlib import Path
@@ -14,6 +16,7 @@ import mlflow.pyfunc
 import numpy as np
 import pandas as pd
 
+from flows.model_signing import keys_of_environment, verify_model
 from fusion.late import FusionModel, read_model
 
 
@@ -24,8 +27,16 @@ class FusionPyfunc(mlflow.pyfunc.PythonModel):
     grid_days: tuple[float, ...]
 
     def load_context(self, context: Any) -> None:
-        """Read the model that was logged, and the study's time grid."""
-        text = Path(context.artifacts["fusion"]).read_text(encoding="utf-8")
+        """Read the model that was logged, and the study's time grid.
+
+        Raises
+        ------
+        flows.model_signing.ModelNotTrusted
+            If it is altered, unsigned, or signed by nobody whose key counts here.
+        """
+        fusion = Path(context.artifacts["fusion"])
+        verify_model(fusion.parents[1], keys_of_environment())
+        text = fusion.read_text(encoding="utf-8")
         self.model = read_model(text)
         self.grid_days = tuple(context.model_config["grid_days"])
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
+from fusion.audit import LOG_FILE, AuditLog, is_signed_by, read_entries
 from fusion.keys import KEY_BYTES, KeyFault, SigningKey
 from modalities.files import replacing
 
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
 
 KEY_FILE: Final = "identity.key"
 PUBLIC_FILE: Final = "identity.pub"
+NEXT_FILE: Final = "identity-next.key"
+_FORMER: Final = "identity-*.pub"
 
 
 def identity(home: Path) -> SigningKey:
@@ -64,3 +69,62 @@ def public_key(home: Path) -> str | None:
         return (home / PUBLIC_FILE).read_text().strip()
     except OSError:
         return None
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A party's key before and after it was changed, as 64 hex digits each."""
+
+    old: str
+    new: str
+
+
+def rotate(home: Path, *, party: str) -> Rotation:
+    """Replace the party's key by a new one; its log goes on, signed by both at the change.
+
+    The old private key is gone afterwards. Its public half stays as ``identity-YYYYMMDD.pub``, so
+    that what it signed can still be read. After a kill in between, the same call goes on.
+
+    Raises
+    ------
+    fusion.keys.KeyFault
+        If there is no usable key to replace.
+    fusion.audit.AuditError
+        If the party's log is not as it was written.
+    """
+    if not (home / KEY_FILE).exists():
+        raise KeyFault(f"{KEY_FILE}: found none to replace; make one with `consilium site key`")
+    old = identity(home)
+    waiting = home / NEXT_FILE
+    if not waiting.exists():
+        _make(waiting)
+    new = SigningKey(waiting.read_bytes())
+    _keep_public(home, old.public)
+    _hand_over(home / LOG_FILE, party, old, new)
+    waiting.replace(home / KEY_FILE)
+    identity(home)  # which writes the new public half
+    return Rotation(old.public, new.public)
+
+
+def former_keys(home: Path) -> tuple[str, ...]:
+    """Public halves of the keys that the party had before, oldest first."""
+    return tuple(path.read_text().strip() for path in sorted(home.glob(_FORMER)))
+
+
+def _keep_public(home: Path, public: str) -> None:
+    if public in former_keys(home):
+        return
+    stem = f"identity-{datetime.now(UTC):%Y%m%d}"
+    taken = len(list(home.glob(f"{stem}*.pub")))
+    with replacing(home / (f"{stem}-{taken}.pub" if taken else f"{stem}.pub")) as temporary:
+        temporary.write_text(public + "\n")
+
+
+def _hand_over(path: Path, party: str, old: SigningKey, new: SigningKey) -> None:
+    if not path.exists() or (read_entries(path) and is_signed_by(path, new.public)):
+        return
+    log = AuditLog(path, party=party, key=old)
+    try:
+        log.hand_over(new)
+    finally:
+        log.close()

@@ -206,13 +206,27 @@ def _modality_inputs(
     train: NDArray[np.bool_],
     features: Path,
 ) -> ModalityInputs:
+    values = raw_inputs(cohort, name, protocol, rows=rows, features=features)
+    if isinstance(values, np.ndarray):
+        table = values.astype(np.float64, copy=False)
+        values = harmonised(table, protocol.encoder[name], train=train[rows])
+    return ModalityInputs(rows, values)
+
+
+def raw_inputs(
+    cohort: MuData,
+    name: str,
+    protocol: StudyProtocol,
+    *,
+    rows: NDArray[np.intp],
+    features: Path,
+) -> Inputs:
+    """Read the table of some patients who have a modality, or their bags; nothing is scaled."""
     table = cohort.mod[name][cohort.obs_names[rows]]
     if isinstance(protocol.modality[name], PathologySpec):
-        bags = [_patient_bag(str(text), features) for text in table.obs["bag"]]
-        return ModalityInputs(rows, bags)
+        return [_patient_bag(str(text), features) for text in table.obs["bag"]]
     wanted = list(protocol.encoder_inputs(name)) or list(table.var_names)
-    values = np.asarray(table[:, wanted].X, dtype=np.float64)
-    return ModalityInputs(rows, harmonised(values, protocol.encoder[name], train=train[rows]))
+    return np.asarray(table[:, wanted].X, dtype=np.float64)
 
 
 def harmonised(values: Floats, spec: EncoderSpec, *, train: NDArray[np.bool_]) -> Floats:

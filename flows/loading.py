@@ -60,10 +60,16 @@ def load_inputs(
     )
 
 
+def encoder_parts(cohort: str, protocol: StudyProtocol) -> dict[str, str]:
+    """Fingerprints of what a trained encoder depends on, kept to say later what has changed."""
+    code = source_digest("fusion", "modalities")
+    return {"cohort": cohort, "protocol": protocol.fingerprint(), "code": code}
+
+
 def encoder_key(cohort: str, protocol: StudyProtocol, modality: str) -> str:
     """Fingerprint of everything that a trained encoder depends on: cohort, protocol and code."""
-    code = source_digest("fusion", "modalities")
-    return fingerprint([cohort, protocol.fingerprint(), modality, code])
+    parts = encoder_parts(cohort, protocol)
+    return fingerprint([parts["cohort"], parts["protocol"], modality, parts["code"]])
 
 
 def about_encoder(folder: Path) -> dict[str, Any] | None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 READY: Final = "ready for sites"
 CONNECTED: Final = "connected to the coordinator"
 _ENGINE_LOG: Final = "engine.log"
+_LOCK: Final = "service.lock"
 _POLL_S: Final = 0.2
 _STOP_S: Final = 5.0
 _RESTART_S: Final = 2.0
@@ -220,7 +221,7 @@ def _stop(service: subprocess.Popen[bytes]) -> None:
 @contextmanager
 def _only_one(kit: Path) -> Iterator[None]:
     """Let no second party run from a kit; a party that is killed lets go of it."""
-    with (kit / "service.lock").open("w") as lock:
+    with (kit / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -228,6 +229,18 @@ def _only_one(kit: Path) -> Iterator[None]:
                 "kit: found its party running already, needed it stopped; end that one first"
             ) from None
         yield
+
+
+def is_running(kit: Path) -> bool:
+    """Whether a party runs from this kit, on this machine."""
+    try:
+        with (kit / _LOCK).open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _end_left_over(kit: Path) -> None:

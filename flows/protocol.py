@@ -173,7 +173,43 @@ class GateSection(_Section):
 
     min_sites: int = Field(default=2, ge=2)
     min_test_events: int = Field(default=10, ge=1)
-    min_concordance: float = Field(default=0.5, ge=0, le=1)
+    min_concordance: float = Field(
+        default=0.5, ge=0, le=1, description="reached by the lower end of the interval"
+    )
+    max_champion_loss: float = Field(
+        default=0.02, ge=0, le=1, description="of concordance, against the champion"
+    )
+    min_calibration_slope: float = Field(default=0.7, gt=0, le=1)
+    max_calibration_slope: float = Field(default=1.4, ge=1, le=10)
+    min_observed_expected: float = Field(default=0.67, gt=0, le=1)
+    max_observed_expected: float = Field(default=1.5, ge=1, le=10)
+    min_left_out_concordance: float = Field(
+        default=0.5, ge=0, le=1, description="where each training site is left out in turn"
+    )
+
+
+NOT_STATED = "not stated by the study lead"
+Statement = Annotated[str, Field(min_length=1, max_length=2000)]
+
+
+class GovernanceSection(_Section):
+    """What no run can know and a model's dossier has to say, in the study lead's words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
+
+    intended_use: Statement = Field(
+        default=NOT_STATED, description="whom the model is for, when, and what it may inform"
+    )
+    population: Statement = Field(
+        default=NOT_STATED, description="which patients are in the cohorts, and who is left out"
+    )
+    ethics: Statement = Field(
+        default=NOT_STATED, description="approvals with their numbers, and consent or its waiver"
+    )
+    funding: Statement = Field(default=NOT_STATED, description="who pays, and their part")
+    contact_role: Statement = Field(
+        default=NOT_STATED, description="role to turn to, such as the study office; no person"
+    )
 
 
 class StudyProtocol(_Section):
@@ -189,6 +225,7 @@ class StudyProtocol(_Section):
     privacy: MinimumCounts = MinimumCounts()
     differential_privacy: Budget = Budget()
     gates: GateSection = GateSection()
+    governance: GovernanceSection = GovernanceSection()
 
     @field_validator("modality", mode="before")
     @classmethod
@@ -575,6 +612,7 @@ def _hint(keys: list[str]) -> str:
         "study": StudySection, "fusion": FusionSection, "federation": FederationSection,
         "privacy": MinimumCounts, "gates": GateSection, "encoder": EncoderSpec,
         "evaluation": EvaluationSection, "differential_privacy": Budget,
+        "governance": GovernanceSection,
     }  # fmt: skip
     known: list[str] = (
         list(section[keys[0]].model_fields)

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
-import re
 import shutil
-import time
-import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -19,39 +13,55 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from flows.figures import figures
-from flows.protocol import kind_of
+from flows.mlflow_store import (
+    SQLITE,
+    RegistryError,
+    client_of,
+    database_of,
+    make_store,
+    now_ms,
+    quiet_mlflow,
+    quietly_imported,
+    tracking_at,
+)
+from flows.model_signing import sign_model
+from flows.provenance import LINEAGE_FILE, provenance_of, signed, write_provenance
+from flows.registry_values import (
+    ARM_KEYS,
+    DIGEST_CHARACTERS,
+    RUN_TAG,
+    arm_key,
+    metrics_of,
+    owner_tags,
+    params_of,
+    round_values,
+    run_tags,
+)
 from flows.report_files import RECORD
 from flows.reports import is_external, results_table, to_markdown
-from fusion.federation import LOCAL_ENCODERS, LOCAL_ONLY, PERSONALISED, PROTOCOL
+from fusion.federation import PROTOCOL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput, Metric
+    from mlflow.entities import DatasetInput
     from mlflow.entities.model_registry import ModelVersion
 
+    from flows.provenance import Provenance
     from flows.records import StudyRecord
-    from fusion.evaluation import Estimate
-    from fusion.federation import RoundRecord, SiteOutcome
+    from fusion.federation import SiteOutcome
+    from fusion.keys import SigningKey
+
+__all__ = [
+    "ARM_KEYS", "CANDIDATE", "Registered", "RegistryError", "arm_key", "find_version",
+    "model_card", "model_name", "quiet_mlflow", "track_study",
+]  # fmt: skip
 
 CANDIDATE = "candidate"
-ARM_KEYS = {
-    PROTOCOL: "federated",
-    LOCAL_ENCODERS: "federated_local_encoders",
-    LOCAL_ONLY: "local_only",
-    PERSONALISED: "personalised",
-}
 _TEMPLATE = Path(__file__).resolve().parents[1] / "mlflow" / "model_card.md.template"
-_RUN_TAG, _DONE_TAG = "consilium.run", "consilium.complete"
+_DONE_TAG = "consilium.complete"
 _MAX_DESCRIPTION = 5000  # the registry's column
-_DIGEST_CHARACTERS = 32  # of at most 36 that MLflow keeps
-_SQLITE = "sqlite:///"
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-class RegistryError(RuntimeError):
-    """A registry, or a part of the installation that it needs, that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -74,21 +84,6 @@ class Registered:
     reused: bool
 
 
-def quiet_mlflow() -> None:
-    """Keep MLflow from calling home, from chatting, and from copying files it finds around it."""
-    os.environ.update(
-        MLFLOW_DISABLE_TELEMETRY="true",
-        DO_NOT_TRACK="true",
-        MLFLOW_UV_AUTO_DETECT="false",
-        MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING="false",
-        MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
-        MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
-    )
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
 def find_version(tracking_uri: str, study: str, run: str) -> Registered | None:
     """Look up the version that was registered for a study run, completely.
 
@@ -101,9 +96,9 @@ def find_version(tracking_uri: str, study: str, run: str) -> Registered | None:
     run
         As in :class:`flows.records.StudyRecord`.
     """
-    if tracking_uri.startswith(_SQLITE) and not _database(tracking_uri).exists():
+    if tracking_uri.startswith(SQLITE) and not database_of(tracking_uri).exists():
         return None
-    found = _version_of(_client(tracking_uri), study, run)
+    found = _version_of(client_of(tracking_uri), study, run)
     return _reused(found) if found is not None and _DONE_TAG in found.tags else None
 
 
@@ -113,6 +108,8 @@ def track_study(
     tracking_uri: str,
     artifact_root: Path | None = None,
     report: Path | None = None,
+    key: SigningKey | None = None,
+    study_file: Path | None = None,
 ) -> Registered:
     """Log a finished study and register its model as ``<study>-fusion``, alias ``candidate``.
 
@@ -129,6 +126,10 @@ def track_study(
         Folder of the artifacts with a database; by default beside it. A server has its own.
     report
         The run's report, beside the record that it shows; both become artifacts.
+    key
+        Of the coordinator; signs model and lineage. Without it the version is kept but never loads.
+    study_file
+        The protocol, whose bytes become part of the lineage.
 
     Raises
     ------
@@ -136,20 +137,29 @@ def track_study(
         If the template of the model card is missing from the installation.
     """
     card = model_card(record)
-    if tracking_uri.startswith(_SQLITE):
-        _database(tracking_uri).parent.mkdir(parents=True, exist_ok=True)
-    client = _client(tracking_uri)
+    make_store(tracking_uri)
+    client = client_of(tracking_uri)
     found = _version_of(client, record.protocol.study.name, record.run)
     if found is not None:
         _point_candidate_at(client, found)
         return _reused(found)
     experiment = _experiment(client, record, tracking_uri, artifact_root)
     _remove_unfinished(client, experiment, record.run)
-    run_id, model_id = _log_study(client, experiment, record, card, report=report)
-    with _tracking_at(tracking_uri):
-        registered = _register(client, record, card, run_id=run_id, model_id=model_id)
+    extra = _Extra(key, study_file, report)
+    run_id, model_id, tags = _log_study(client, experiment, record, card, extra)
+    with tracking_at(tracking_uri):
+        registered = _register(client, record, card, tags, run_id=run_id, model_id=model_id)
     _point_candidate_at(client, registered)
     return Registered(registered.name, int(registered.version), run_id, reused=False)
+
+
+@dataclass(frozen=True)
+class _Extra:
+    """What a version has where it is the work of a real coordinator."""
+
+    key: SigningKey | None
+    study_file: Path | None
+    report: Path | None
 
 
 def model_name(study: str) -> str:
@@ -190,31 +200,9 @@ def model_card(record: StudyRecord) -> str:
     )
 
 
-def _client(tracking_uri: str) -> MlflowClient:
-    quiet_mlflow()
-    with _ignoring_warnings():
-        from mlflow import MlflowClient
-
-        # Importing MLflow sets its loggers up, once more to be kept quiet.
-        quiet_mlflow()
-        return MlflowClient(tracking_uri, tracking_uri)
-
-
-@contextmanager
-def _ignoring_warnings() -> Iterator[None]:
-    # MLflow warns of its own type hints, and of its database library's, while it is imported.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _database(tracking_uri: str) -> Path:
-    return Path(tracking_uri.removeprefix(_SQLITE))
-
-
 def _version_of(client: MlflowClient, study: str, run: str) -> ModelVersion | None:
     found = client.search_model_versions(
-        f"name = '{model_name(study)}' and tags.`{_RUN_TAG}` = '{run}'", max_results=1
+        f"name = '{model_name(study)}' and tags.`{RUN_TAG}` = '{run}'", max_results=1
     )
     return found[0] if found else None
 
@@ -231,8 +219,8 @@ def _experiment(
     found = client.get_experiment_by_name(name)
     if found is None:
         location = None
-        if tracking_uri.startswith(_SQLITE):
-            root = artifact_root or _database(tracking_uri).parent / "artifacts"
+        if tracking_uri.startswith(SQLITE):
+            root = artifact_root or database_of(tracking_uri).parent / "artifacts"
             location = (root.absolute() / study).as_uri()
         return str(client.create_experiment(name, artifact_location=location))
     if found.lifecycle_stage != "active":
@@ -241,7 +229,7 @@ def _experiment(
 
 
 def _remove_unfinished(client: MlflowClient, experiment: str, run: str) -> None:
-    mine = f"tags.`{_RUN_TAG}` = '{run}'"
+    mine = f"tags.`{RUN_TAG}` = '{run}'"
     for model in client.search_logged_models([experiment], filter_string=mine):
         client.delete_logged_model(model.model_id)
     while left := client.search_runs([experiment], filter_string=mine):
@@ -250,14 +238,15 @@ def _remove_unfinished(client: MlflowClient, experiment: str, run: str) -> None:
 
 
 def _log_study(
-    client: MlflowClient, experiment: str, record: StudyRecord, card: str, *, report: Path | None
-) -> tuple[str, str]:
+    client: MlflowClient, experiment: str, record: StudyRecord, card: str, extra: _Extra
+) -> tuple[str, str, dict[str, str]]:
+    """Log run, model and rounds; give their ids and the tags that lineage adds to the version."""
     from mlflow.entities import LoggedModelOutput, Param
 
-    tags = _run_tags(record)
-    params = _params(record)
-    now_ms = _now_ms()
-    starts_ms = now_ms - math.ceil(1000 * sum(r.seconds for r in record.fitted.rounds))
+    tags = run_tags(record)
+    params = params_of(record)
+    ends_ms = now_ms()
+    starts_ms = ends_ms - math.ceil(1000 * sum(r.seconds for r in record.fitted.rounds))
     run = client.create_run(
         experiment, start_time=starts_ms, tags=tags, run_name=f"study-{record.run[:8]}"
     )
@@ -266,20 +255,40 @@ def _log_study(
         experiment, model_name(record.protocol.study.name), run_id, tags=tags, params=params
     )
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    with TemporaryDirectory() as folder:
-        _save_model(Path(folder) / "model", record, run_id=run_id, model_id=model.model_id)
-        client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
-        _save_artifacts(Path(folder) / "run", record, card)
-        for path in () if report is None else (report, report.with_name(RECORD)):
-            shutil.copy(path, Path(folder) / "run")
-        client.log_artifacts(run_id, str(Path(folder) / "run"))
+    lineage = _log_files(client, record, card, extra, run_id=run_id, model_id=model.model_id)
     client.finalize_logged_model(model.model_id, "READY")
     client.log_inputs(run_id, _dataset_inputs(record))
-    metrics = _metrics(record, run_id=run_id, model_id=model.model_id, timestamp_ms=now_ms)
+    metrics = metrics_of(record, run_id=run_id, model_id=model.model_id, timestamp_ms=ends_ms)
     client.log_batch(run_id, metrics, [Param(k, v) for k, v in params.items()])
     _log_rounds(client, experiment, record, run_id=run_id, starts_ms=starts_ms)
-    client.set_terminated(run_id, end_time=now_ms)
-    return run_id, model.model_id
+    client.set_terminated(run_id, end_time=ends_ms)
+    return run_id, model.model_id, lineage.tags()
+
+
+def _log_files(
+    client: MlflowClient,
+    record: StudyRecord,
+    card: str,
+    extra: _Extra,
+    *,
+    run_id: str,
+    model_id: str,
+) -> Provenance:
+    """Write and log the model and the run's artifacts, signed, with the statement over them."""
+    with TemporaryDirectory() as folder:
+        model, run = Path(folder) / "model", Path(folder) / "run"
+        _save_model(model, record, run_id=run_id, model_id=model_id)
+        names = {"study": record.protocol.study.name, "run": record.run}
+        signature = None if extra.key is None else sign_model(model, extra.key, **names)
+        client.log_model_artifacts(model_id, str(model))
+        _save_artifacts(run, record, card)
+        for path in () if extra.report is None else (extra.report, extra.report.with_name(RECORD)):
+            shutil.copy(path, run)
+        lineage = provenance_of(record, study_file=extra.study_file, model=signature, artifacts=run)
+        lineage = lineage if extra.key is None else signed(lineage, extra.key)
+        write_provenance(lineage, run / LINEAGE_FILE)
+        client.log_artifacts(run_id, str(run))
+    return lineage
 
 
 def _log_rounds(
@@ -288,7 +297,7 @@ def _log_rounds(
     """Log a child run per communication round, at the times it took, one after another."""
     from mlflow.entities import Metric, Param
 
-    tags = {**_owner_tags(record), "mlflow.parentRunId": run_id}
+    tags = {**owner_tags(record), "mlflow.parentRunId": run_id}
     ends_s = 0.0
     for done in record.fitted.rounds:
         begins_ms, ends_s = starts_ms + round(1000 * ends_s), ends_s + done.seconds
@@ -297,74 +306,10 @@ def _log_rounds(
         child = client.create_run(experiment, start_time=begins_ms, tags=tags, run_name=name)
         client.log_batch(
             child.info.run_id,
-            [Metric(key, value, ends_ms, done.number) for key, value in _of_round(done).items()],
+            [Metric(key, value, ends_ms, done.number) for key, value in round_values(done).items()],
             [Param("stage", done.stage), Param("round", str(done.number))],
         )
         client.set_terminated(child.info.run_id, end_time=ends_ms)
-
-
-def _of_round(done: RoundRecord) -> dict[str, float]:
-    found = {
-        "n_sites": float(done.n_sites),
-        "n_fits": float(done.n_fits),
-        "bytes_sent": float(done.bytes_sent),
-        "bytes_received": float(done.bytes_received),
-        "seconds": done.seconds,
-        "objective": done.objective,
-    }
-    return {key: value for key, value in found.items() if math.isfinite(value)}
-
-
-def _owner_tags(record: StudyRecord) -> dict[str, str]:
-    # MLflow would otherwise name the account and the script's path.
-    return {
-        _RUN_TAG: record.run,
-        "mlflow.user": "consilium",
-        "mlflow.source.name": "consilium",
-        "mlflow.source.type": "JOB",
-    }
-
-
-def _run_tags(record: StudyRecord) -> dict[str, str]:
-    study, fitted = record.protocol.study, record.fitted
-    tags = {
-        **_owner_tags(record),
-        "consilium.protocol": record.protocol.fingerprint(),
-        "consilium.code": record.code_version,
-        "consilium.study": study.name,
-        "consilium.data": study.data,
-        "consilium.sites": ",".join(s.site for s in fitted.sites if s.trains and not s.code),
-        "consilium.external_sites": ",".join(s.site for s in fitted.sites if is_external(s)),
-        "consilium.rounds": str(max(fitted.fit_rounds.values(), default=0)),
-        "consilium.lowered_minimums": "; ".join(record.protocol.privacy.lowered()),
-    }
-    if _COMMIT.fullmatch(record.code_version):
-        tags["mlflow.source.git.commit"] = record.code_version
-    return {key: value for key, value in tags.items() if value}
-
-
-def _params(record: StudyRecord) -> dict[str, str]:
-    """Flatten the protocol's settings; extractors' specs are in the artifact ``protocol.json``."""
-    protocol = record.protocol
-    found: dict[str, Any] = {}
-    for section in ("study", "fusion", "federation", "evaluation", "privacy", "gates"):
-        values = getattr(protocol, section).model_dump(mode="json")
-        found |= {f"{section}.{key}": value for key, value in values.items()}
-    for name in protocol.modalities:
-        encoder = protocol.encoder[name]
-        found[f"modality.{name}.kind"] = kind_of(protocol.modality[name])
-        found[f"encoder.{name}.model"] = encoder.model
-        found[f"encoder.{name}.sharing"] = encoder.sharing
-        found[f"encoder.{name}.ridge"] = encoder.ridge
-    return {key: _text(value) for key, value in found.items()}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, dict):
-        return "; ".join(f"{key}: {_text(part)}" for key, part in value.items())
-    return ", ".join(map(_text, value)) if isinstance(value, list) else str(value)
 
 
 def _dataset_inputs(record: StudyRecord) -> list[DatasetInput]:
@@ -407,95 +352,7 @@ def _dataset(site: SiteOutcome) -> Any:
         def from_dict(cls, source_dict: Mapping[Any, Any]) -> SiteSource:
             return cls()
 
-    return MetaDataset(SiteSource(), name=site.site, digest=site.cohort[:_DIGEST_CHARACTERS])
-
-
-def _metrics(record: StudyRecord, *, run_id: str, model_id: str, timestamp_ms: int) -> list[Metric]:
-    from mlflow.entities import Metric
-
-    digests = {s.site: s.cohort[:_DIGEST_CHARACTERS] for s in record.fitted.sites if s.cohort}
-    own = [*_consortium_values(record).items(), *_reference_values(record).items()]
-    metrics = [
-        Metric(key, value, timestamp_ms, 0, model_id=model_id, run_id=run_id) for key, value in own
-    ]
-    for site, values in _site_values(record).items():
-        of_data = {"dataset_name": site, "dataset_digest": digests[site]} if site in digests else {}
-        metrics += [
-            Metric(f"{site}/{key}", value, timestamp_ms, 0, model_id, run_id=run_id, **of_data)
-            for key, value in values.items()
-        ]
-    metrics += [
-        Metric(f"objective/{r.stage}", r.objective, timestamp_ms, r.number, run_id=run_id)
-        for r in record.fitted.rounds
-        if math.isfinite(r.objective)
-    ]
-    return [metric for metric in metrics if math.isfinite(metric.value)]
-
-
-def arm_key(arm: str) -> str:
-    """Name of an arm in metrics and tags."""
-    return ARM_KEYS.get(arm, arm.replace(".", "_"))
-
-
-def _consortium_values(record: StudyRecord) -> dict[str, float]:
-    fitted = record.fitted
-    found = {
-        "n_patients": float(fitted.n_patients),
-        "n_events": float(fitted.n_events),
-        "n_test_events": float(sum(s.n_test_events for s in fitted.sites)),
-        "n_training_sites": float(sum(s.trains and not s.code for s in fitted.sites)),
-        "n_communications": float(len(fitted.rounds)),
-        "bytes_sent": float(sum(r.bytes_sent for r in fitted.rounds)),
-        "bytes_received": float(sum(r.bytes_received for r in fitted.rounds)),
-        "federation_seconds": sum(r.seconds for r in fitted.rounds),
-    }
-    for arm, result in record.results.arms.items():
-        scores = {
-            "concordance": result.concordance,
-            "uno_concordance": result.uno,
-            "time_dependent_auc": result.auc,
-            "concordance_difference": result.difference,
-            "observed_expected": result.observed_expected,
-            "calibration_slope": result.calibration_slope,
-            "integrated_brier_score": result.brier,
-            "integrated_brier_score_null": result.null_brier,
-        }
-        for name, estimate in scores.items():
-            found |= _with_interval(f"{arm_key(arm)}/{name}", estimate)
-        if result.log_rank is not None:
-            found[f"{arm_key(arm)}/log_rank_p"] = result.log_rank.p_value
-    found |= _with_interval("leave_one_site_out/concordance", record.results.left_out_pooled)
-    for name, ridge in fitted.ridge.items():
-        found[f"ridge/{name}"] = ridge
-    return found
-
-
-def _reference_values(record: StudyRecord) -> dict[str, float]:
-    reference = record.reference
-    if reference is None:
-        return {}
-    found = {
-        "reference/local_mean/concordance": reference.local_mean,
-        "reference/max_coefficient_gap": reference.max_coefficient_gap,
-    }
-    for arm, estimate in reference.concordance.items():
-        found |= _with_interval(f"reference/{arm}/concordance", estimate)
-    return found
-
-
-def _site_values(record: StudyRecord) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
-    for arm, result in record.results.arms.items():
-        for site, estimate in result.by_site.items():
-            values = found.setdefault(site, {})
-            values |= _with_interval(f"{arm_key(arm)}/concordance", estimate)
-    return found
-
-
-def _with_interval(key: str, estimate: Estimate | None) -> dict[str, float]:
-    if estimate is None:
-        return {}
-    return {key: estimate.value, f"{key}_low": estimate.low, f"{key}_high": estimate.high}
+    return MetaDataset(SiteSource(), name=site.site, digest=site.cohort[:DIGEST_CHARACTERS])
 
 
 def _save_artifacts(folder: Path, record: StudyRecord, card: str) -> None:
@@ -518,18 +375,17 @@ def _write_json(path: Path, values: Any) -> None:
 
 def _save_model(folder: Path, record: StudyRecord, *, run_id: str, model_id: str) -> None:
     """Write the model as MLflow loads it: code, numbers, signature; no path of this machine."""
-    with _ignoring_warnings():
-        import mlflow.pyfunc
-
-        from flows import fusion_pyfunc
+    pyfunc = quietly_imported("mlflow.pyfunc")
     from mlflow.models import Model
+
+    from flows import fusion_pyfunc
 
     model = record.fitted.models[PROTOCOL]
     grid_days = record.protocol.study.grid_days
     fusion = folder.parent / "fusion.json"
     fusion.write_text(model.to_json(), encoding="utf-8")
     outputs = ["log_hazard", "log_hazard_se", *fusion_pyfunc.output_columns(grid_days)]
-    mlflow.pyfunc.save_model(
+    pyfunc.save_model(
         path=str(folder),
         mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
         python_model=str(Path(fusion_pyfunc.__file__)),
@@ -538,7 +394,7 @@ def _save_model(folder: Path, record: StudyRecord, *, run_id: str, model_id: str
         signature=_signature(model.modalities, outputs),
         input_example=_input_example(model.modalities),
         pip_requirements=[f"{x}=={installed_version(x)}" for x in ("numpy", "pandas")],
-        metadata={"consilium": installed_version("consilium"), _RUN_TAG: record.run},
+        metadata={"consilium": installed_version("consilium"), RUN_TAG: record.run},
     )
     _forget_paths(folder)
 
@@ -572,7 +428,13 @@ def _forget_paths(folder: Path) -> None:
 
 
 def _register(
-    client: MlflowClient, record: StudyRecord, card: str, *, run_id: str, model_id: str
+    client: MlflowClient,
+    record: StudyRecord,
+    card: str,
+    lineage: Mapping[str, str],
+    *,
+    run_id: str,
+    model_id: str,
 ) -> ModelVersion:
     name = model_name(record.protocol.study.name)
     if not client.search_registered_models(f"name = '{name}'"):
@@ -583,7 +445,8 @@ def _register(
         source=f"models:/{model_id}",
         run_id=run_id,
         model_id=model_id,
-        tags={k: v for k, v in _run_tags(record).items() if not k.startswith("mlflow.")},
+        tags={k: v for k, v in run_tags(record).items() if not k.startswith("mlflow.")}
+        | dict(lineage),
         description=_shortened(card),
     )
 
@@ -600,20 +463,3 @@ def _point_candidate_at(client: MlflowClient, found: ModelVersion) -> None:
     if _DONE_TAG not in found.tags:
         client.set_registered_model_alias(found.name, CANDIDATE, found.version)
         client.set_model_version_tag(found.name, found.version, _DONE_TAG, "true")
-
-
-@contextmanager
-def _tracking_at(tracking_uri: str) -> Iterator[None]:
-    """Set the process's tracking address, which MLflow's database store asks for the new model."""
-    import mlflow
-
-    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
-    mlflow.set_tracking_uri(tracking_uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(before)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

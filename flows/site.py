@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.events import emit_event
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.check import without_registry
+from flows.described import Slug, described
 from flows.extraction import Ledger, ModalityWork, collect, extract_batch, plan_modality
 from flows.inputs import keyed_digest, train_local
-from flows.loading import about_encoder, encoder_key, load_inputs
+from flows.loading import about_encoder, encoder_key, encoder_parts, load_inputs
+from flows.nights import Night, write_night
 from flows.progress import Progress
 from flows.protocol import load_protocol
 from flows.sealed import log_to, may_pass, sealed
-from flows.snapshots import ASSIGNMENTS, COHORT, is_withdrawn, released
+from flows.site_digests import begin_draft, remember, remember_draft
+from flows.site_registry import register_encoders, unregistered
+from flows.skips import is_deployed
+from flows.snapshots import ASSIGNMENTS, COHORT, is_withdrawn, released, snapshot_state
 from infra.settings import SiteSettings, Workspace
 from modalities.clinical import read_registry
 from modalities.cohort import (
@@ -113,8 +120,8 @@ def list_inputs(
     rows, exclusions = read_manifest(settings.path(settings.manifest), names)
     withdrawn = is_withdrawn(settings, {row.patient_id for row in rows})
     rows = [row for row in rows if not withdrawn[row.patient_id]]
-    for folder in ("features", "encoders"):
-        sweep(settings.path(folder))
+    sweep(settings.path("features"))
+    begin_draft(settings)
     ledger = Ledger(settings.path("features", "digests.json"))
     works = [
         plan_modality(
@@ -123,6 +130,7 @@ def list_inputs(
             [row for row in rows if row.modality == name],
             features=settings.path("features"),
             ledger=ledger,
+            secret=settings.key,
             batch_size=settings.batch_size,
         )
         for name in names
@@ -168,6 +176,7 @@ def assemble_cohort(
         protocol_fingerprint=protocol.fingerprint(),
     )
     write_cohort(cohort, settings.path(COHORT))
+    remember_draft(settings)
     return int(cohort.n_obs)
 
 
@@ -194,17 +203,19 @@ def _assign(settings: SiteSettings, ids: list[str], protocol: StudyProtocol) -> 
     name="prepare-site", flow_run_name="prepare-{site}", persist_result=False, log_prints=False,
     task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
 )  # fmt: skip
+@described
 @sealed
-def prepare_site(study: str, site: str) -> Prepared:
+def prepare_site(study: Slug, site: Slug) -> Prepared:
     """Turn a site's raw inputs into its cohort, doing only what is new.
 
     Parameters
     ----------
     study
-        Name of the study in the workspace's ``study.toml``.
+        Name of the study, as in the folder's study.toml.
     site
         Opaque name of the site.
     """
+    began = datetime.now(UTC)
     settings, protocol = open_site(study, site)
     registry, excluded = read_site_registry(settings, protocol)
     works, unlisted = list_inputs(settings, protocol)
@@ -226,12 +237,23 @@ def prepare_site(study: str, site: str) -> Prepared:
     tables = {work.modality: table for work in works if (table := collect(work)) is not None}
     write_exclusions(exclusions, settings.path(EXCLUDED))
     n_patients = assemble_cohort(settings, protocol, registry, tables)
-    return Prepared(
-        site=site,
-        n_patients=n_patients,
-        n_excluded=len({(e.patient_id, e.modality) for e in exclusions}),
-        n_extracted=n_pending,
-    )
+    n_excluded = len({(e.patient_id, e.modality) for e in exclusions})
+    night = Night(_text(began), _text(datetime.now(UTC)), n_patients, n_pending, n_excluded)
+    write_night(settings, night)
+    if is_deployed() and _grew(settings, protocol):
+        emit_event("consilium.cohort.grew", {"prefect.resource.id": f"consilium.site.{site}"})
+    return Prepared(site=site, n_patients=n_patients, n_excluded=n_excluded, n_extracted=n_pending)
+
+
+def _text(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")
+
+
+def _grew(settings: SiteSettings, protocol: StudyProtocol) -> bool:
+    """Whether so many patients came, left or changed that another cohort may be released."""
+    state = snapshot_state(settings)
+    least = max(protocol.privacy.snapshot, int(settings.limits.get("snapshot", 1)))
+    return state.last == 0 or (state.n_waiting or 0) >= least
 
 
 @task(
@@ -245,11 +267,13 @@ def train_site_encoder(
     """Train one modality's encoder and keep it; return why it was left out, if it was."""
     trained = train_local(inputs, modality, protocol.encoder[modality], seed=protocol.study.seed)
     key = encoder_key(inputs.cohort, protocol, modality)
-    _keep(settings.path("encoders", modality), key, trained)
+    about = {"key": key, "made_from": encoder_parts(inputs.cohort, protocol)}
+    _keep(settings.path("encoders", modality), about, trained)
+    remember(settings, settings.path("encoders", modality).iterdir())
     return trained.reason
 
 
-def _keep(folder: Path, key: str, trained: LocalEncoder) -> None:
+def _keep(folder: Path, about: dict[str, Any], trained: LocalEncoder) -> None:
     """Write weights and scores, then the key that says they are whole."""
     (folder / "encoder.json").unlink(missing_ok=True)  # an older key must not vouch for these
     with replacing(folder / "log_hazard.npy") as temporary:
@@ -259,15 +283,33 @@ def _keep(folder: Path, key: str, trained: LocalEncoder) -> None:
             temporary.write_bytes(trained.encoder.to_bytes())
         with replacing(folder / "training_curve.json") as temporary:
             temporary.write_text(json.dumps(trained.encoder.history, indent=1))
-    about = {"key": key, "reason": trained.reason, "trained": trained.encoder is not None}
+    about |= {"reason": trained.reason, "trained": trained.encoder is not None}
     with replacing(folder / "encoder.json") as temporary:
         temporary.write_text(json.dumps(about))
 
 
-@flow(name="train-site", flow_run_name="train-{site}", persist_result=False, log_prints=False)
+@task(
+    name="register-encoders", retries=2, retry_delay_seconds=5, retry_condition_fn=may_pass,
+    cache_policy=NO_CACHE, persist_result=False,
+)  # fmt: skip
 @sealed
-def train_site(study: str, site: str) -> dict[str, str]:
+def register_site_encoders(settings: SiteSettings, protocol: StudyProtocol, cohort: str) -> int:
+    """Keep newly trained encoders in the site's own registry, which never leaves the site."""
+    return register_encoders(settings, protocol, cohort)
+
+
+@flow(name="train-encoders", flow_run_name="train-{site}", persist_result=False, log_prints=False)
+@described
+@sealed
+def train_site(study: Slug, site: Slug) -> dict[str, str]:
     """Train a site's own encoder of every modality; nothing of them leaves the site.
+
+    Parameters
+    ----------
+    study
+        Name of the study, as in the folder's study.toml.
+    site
+        Opaque name of the site.
 
     Returns
     -------
@@ -288,12 +330,15 @@ def train_site(study: str, site: str) -> dict[str, str]:
     pending = [modality for modality in protocol.modalities if modality not in left_out]
     if pending:
         left_out |= _train(settings, protocol, pending)
+    if unregistered(settings, protocol, cohort):
+        register_site_encoders(settings, protocol, cohort)
     return {modality: reason for modality, reason in left_out.items() if reason}
 
 
 def _train(
     settings: SiteSettings, protocol: StudyProtocol, modalities: list[str]
 ) -> dict[str, str]:
+    sweep(settings.path("encoders"))
     inputs = load_inputs(settings, protocol)
     if not inputs.trains:
         return dict.fromkeys(modalities, "the site is below its training minimum")

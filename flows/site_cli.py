@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.status_cli import site_status
 from flows.terminal import (
     Force,
     Json,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from modalities.cohort import Exclusion
 
 site_app = typer.Typer(help="Set up, check and prepare one site.", no_args_is_help=True)
+site_app.command("status")(site_status)
 
 
 @site_app.command("init")
@@ -77,13 +79,24 @@ def site_check(
 
 
 @site_app.command("key")
-def site_key(site: Site = None, root: Root = Path()) -> None:
+def site_key(
+    site: Site = None,
+    root: Root = Path(),
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Replace the pair by a new one; stop the party first.")
+    ] = False,
+) -> None:
     """Print the site's public key, for whoever makes the kits; the first time, make the pair."""
-    from flows.identity import identity
+    from flows import identity
 
     found = Workspace(root=root.resolve())
     settings = found.site(only_site(found, site))
-    say(identity(settings.home).public)
+    if not rotate:
+        say(identity.identity(settings.home).public)
+        return
+    say(identity.rotate(settings.home, party=settings.name).new)
+    say(f"send {identity.PUBLIC_FILE} to the coordinator, for `consilium federation rekey`;")
+    say("put the new consortium.json into your kit, and approve the study again; so does each site")
 
 
 @site_app.command("approve")

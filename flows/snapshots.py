@@ -35,6 +35,8 @@ from flows.cohort_changes import (
     keyed_patients,
     settled,
 )
+from flows.prediction_files import forget_patient
+from flows.site_digests import forget_missing, remember
 from modalities.cohort import DataError, read_cohort, read_cohort_digest, write_cohort
 from modalities.files import replacing
 
@@ -314,6 +316,7 @@ def _cut(settings: SiteSettings, ledger: _Ledger, cohort: MuData, draft: str) ->
         target.parent.mkdir(parents=True, exist_ok=True)
         _link(settings.path(FEATURES, reference), target)
     write_cohort(cohort, folder / COHORT)
+    remember(settings, (x for x in folder.rglob("*") if x.is_file()))
     snapshot = _Snapshot(
         number,
         str(cohort.uns["protocol_fingerprint"]),
@@ -332,6 +335,27 @@ def record_run(settings: SiteSettings, number: int, run: str) -> None:
         found = next(x for x in ledger.snapshots if x.number == number)
         if run not in found.runs:
             ledger.update(number, runs=[*found.runs, run])
+
+
+def contributed(settings: SiteSettings, run: str, *, protocol: str) -> tuple[Released, bool] | None:
+    """Find the snapshot that went into a run, or else the last one of its protocol.
+
+    Nothing is cut or changed.
+
+    Returns
+    -------
+    tuple or None
+        The snapshot, and whether it is the run's own; None where the site has none that may be
+        used.
+    """
+    known = [x for x in _Ledger.read(settings).snapshots if not x.forbidden]
+    own = [x for x in known if run in x.runs]
+    for snapshot in reversed([*(x for x in known if x.protocol == protocol), *own]):
+        folder = _folder(settings, snapshot.number)
+        if (folder / COHORT).is_file():
+            found = Released(snapshot.number, folder / COHORT, folder / FEATURES)
+            return found, run in snapshot.runs
+    return None
 
 
 def snapshot_state(settings: SiteSettings) -> SnapshotState:
@@ -383,12 +407,16 @@ def withdraw(settings: SiteSettings, patient_id: str) -> Withdrawal:
         removed = sum(_remove(_folder(settings, x.number)) for x in holding)
         if holding:
             removed += _remove(settings.path("encoders"))
+            removed += _remove(settings.path("runs", "artifacts"))  # registered encoders
+            removed += _remove(settings.path("runs", "encoders.json"))
         removed += _remove_features(settings, patient_id)
         runs = sorted({run for x in holding for run in x.runs})
         tables = {settings.path("runs", run[:12], "patients.csv") for run in runs}
         # A run in one process is not noted in the ledger; its table of risks says who was there.
         tables |= {x for x in settings.path("runs").glob("*/*.csv") if _lists(x, patient_id)}
         removed += sum(_remove(x) for x in tables)
+        removed += forget_patient(settings.home, patient_id)
+        forget_missing(settings)
     return Withdrawal(removed, tuple(x.number for x in holding), tuple(runs))
 
 
@@ -444,6 +472,7 @@ def _remove_features(settings: SiteSettings, patient_id: str) -> int:
         with replacing(path) as temporary:
             temporary.unlink()
             kept.write_h5ad(temporary)
+        remember(settings, [path])
     # Bags that no table names yet go by their slide; another's of that name is made again.
     for row in _rows(settings.path(settings.manifest)):
         stem = Path(row.get("path", "")).stem

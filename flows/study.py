@@ -7,13 +7,17 @@ import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prefect import flow, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from flows.described import Slug, described
+from flows.dossier import refresh_dossier
+from flows.federated import FederationRefused
 from flows.figures import figures
+from flows.identity import identity
 from flows.links import LOSSES, Link, linked
 from flows.patients import patient_table, write_patient_table
 from flows.progress import RoundProgress
@@ -24,15 +28,25 @@ from flows.registry import Registered, find_version, track_study
 from flows.report_files import REPORT, write_report
 from flows.reports import ResultsTable, results_table, to_markdown
 from flows.sealed import SiteError, log_to, may_pass, note, sealed
+from flows.skips import (
+    NothingToDo,
+    is_deployed,
+    missing_approvals,
+    skipped,
+    spent_budgets,
+    waiting_sites,
+)
 from flows.summary import Stopwatch, summarise_record
 from flows.versions import git_commit
 from fusion.federation import (
     PROTOCOL,
     Coordinator,
     FederationLost,
+    QuorumNotMet,
     leave_one_site_out,
     summarise,
 )
+from fusion.federation.consortium import COORDINATOR
 from infra.settings import Workspace
 from modalities.files import replacing
 from modalities.synthetic import read_truth
@@ -138,6 +152,8 @@ def register_model(record: StudyRecord, workspace: Workspace, report: Path) -> R
         tracking_uri=workspace.mlflow_uri,
         artifact_root=workspace.root / "artifacts",
         report=report,
+        key=identity(workspace.root / COORDINATOR),
+        study_file=workspace.study_file,
     )
 
 
@@ -148,27 +164,70 @@ def report_study(record: StudyRecord, folder: Path) -> Path:
     return write_report(record, folder, created=datetime.now(UTC))
 
 
-@flow(name="run-study", flow_run_name="study-{study}", persist_result=False, log_prints=False)
+@task(name="write-dossier", cache_policy=NO_CACHE, persist_result=False)
 @sealed
-def run_study(study: str, sites: list[str], federation: str = "memory") -> StudyOutcome:
+def write_dossier(workspace: Workspace, study: str, registered: Registered) -> None:
+    """Write the version's dossier beside the report, and to the registry."""
+    refresh_dossier(workspace, study, registered.version)
+
+
+@flow(name="run-study", flow_run_name="study-{study}", persist_result=False, log_prints=False)
+@described
+@sealed
+def run_study(
+    study: Slug, sites: list[Slug], federation: Literal["memory", "flare"] = "memory"
+) -> Any:
     """Fit, evaluate and register one study over sites whose cohorts are prepared and trained.
+
+    A run that has nothing to do ends in a state named ``Skipped``, which says why: an earlier run
+    of the same cohorts stands, and it gives that one's outcome; or, where it comes from a
+    deployment, approvals are missing or privacy budgets spent.
 
     Parameters
     ----------
     study
-        Name of the study in the workspace's ``study.toml``.
+        Name of the study, as in the folder's study.toml.
     sites
-        Opaque names of the sites that take part; those of the consortium's kits over ``flare``.
+        Opaque names of the sites that take part; all below the folder where none is named, and
+        those of the consortium's kits over flare.
     federation
-        ``memory``: all sites are in this process; ``flare``: they are reached over the engine.
+        memory: all sites are in this process; flare: they are reached over the engine.
+
+    Returns
+    -------
+    StudyOutcome
+        What this run or the earlier one says.
     """
     workspace = Workspace()
     log_to(workspace.root)
     protocol = load_protocol(workspace.study_file)
+    waits = missing_approvals(workspace, protocol) if federation == "flare" else None
+    if waits is not None and is_deployed():
+        return skipped(waits)
+    try:
+        outcome = _run(workspace, protocol, tuple(sites or workspace.site_names()), federation)
+    except NothingToDo as held:
+        if is_deployed():
+            return skipped(str(held))
+        cause = held.cause
+    else:
+        # Prefect gives the caller what is in the state.
+        return skipped(_unchanged(outcome), outcome) if outcome.reused else outcome
+    raise cause
+
+
+def _unchanged(outcome: StudyOutcome) -> str:
+    return f"no new snapshot: run {outcome.summary['run'][:12]} is of the same cohorts and code"
+
+
+def _run(
+    workspace: Workspace, protocol: StudyProtocol, sites: tuple[str, ...], federation: str
+) -> StudyOutcome:
+    study = protocol.study.name
     watch = Stopwatch()
-    with linked(federation, workspace, protocol, tuple(sites)) as link:
+    with linked(federation, workspace, protocol, sites) as link:
         with watch.stage("introduce"):
-            key = link.run_key()
+            key = _introduced(link)
         folder = workspace.root / "runs" / key[:12]
         earlier = _finished(workspace, protocol, key, folder)
         if earlier is not None:
@@ -203,6 +262,8 @@ def run_study(study: str, sites: list[str], federation: str = "memory") -> Study
         report = report_study(record, folder)
     with watch.stage("registry"):
         registered = register_model(record, workspace, report)
+    with watch.stage("dossier"):
+        write_dossier(workspace, study, registered)
     outcome = StudyOutcome(
         summary=summarise_record(record, registered, workspace)
         | engine_round_s
@@ -213,6 +274,17 @@ def run_study(study: str, sites: list[str], federation: str = "memory") -> Study
     _keep(outcome, folder)
     _publish(record, outcome)
     return outcome
+
+
+def _introduced(link: Link) -> str:
+    """Name the run after its sites were asked to take part, if they do."""
+    try:
+        return link.run_key()
+    except FederationRefused as error:
+        waits = waiting_sites(error.codes)
+        if waits is None:
+            raise
+        raise NothingToDo(waits, error) from None
 
 
 @task(name="load-sites", cache_policy=NO_CACHE, persist_result=False)
@@ -245,10 +317,16 @@ def _stages(plan: FederationPlan, link: Link, progress: RoundProgress, folder: P
         on_round=progress.advance,
         checkpoint=RoundFiles(folder / "rounds"),
     )
-    describe_sites(coordinator)
-    encoders = fit_encoders(coordinator)
-    fusion = fit_fusion(coordinator)
-    return evaluate_models(coordinator, encoders, fusion)
+    try:
+        describe_sites(coordinator)
+        encoders = fit_encoders(coordinator)
+        fusion = fit_fusion(coordinator)
+        return evaluate_models(coordinator, encoders, fusion)
+    except SiteError as error:
+        spent = spent_budgets([one.code for one in coordinator.talk.outcomes.values()])
+        if spent is None or not isinstance(error.cause, QuorumNotMet):
+            raise
+        raise NothingToDo(spent, error) from None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,16 @@ def source_digest(*packages: str) -> str:
 
 
 @lru_cache(maxsize=1)
+def lock_digest() -> str:
+    """SHA-256 of the locked dependencies, or outside a checkout of those that are installed."""
+    lock = _ROOT / "requirements.lock"
+    if lock.is_file():
+        return digest_path(lock)
+    installed = {(x.name.lower(), x.version) for x in importlib.metadata.distributions()}
+    return fingerprint(sorted(map(list, installed)))
+
+
+@lru_cache(maxsize=1)
 def git_commit() -> str:
     """Commit of the checkout that runs, or the package's version outside one."""
     try:

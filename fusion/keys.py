@@ -1,4 +1,4 @@
-"""Signatures, key agreement and key streams; the only file that touches the cryptography library.
+"""Signatures, key agreement, key streams, certificates; the only file that knows cryptography.
 
 A party is known by its Ed25519 public key, written as 64 hex digits.
 """
@@ -10,6 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -19,6 +20,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from numpy.typing import NDArray
 
 KEY_BYTES: Final = 32
@@ -112,6 +115,32 @@ def key_stream(key: bytes, n_words: int) -> NDArray[np.uint64]:
     zeros = bytes(8 * n_words)
     stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(zeros)
     return np.frombuffer(stream, dtype="<u8")
+
+
+def certificate_dates(pem: bytes) -> tuple[datetime, datetime]:
+    """First and last moment (UTC) at which an X.509 certificate counts.
+
+    Raises
+    ------
+    KeyFault
+        If the bytes are no certificate in PEM form.
+    """
+    try:
+        found = x509.load_pem_x509_certificate(pem)
+    except ValueError:
+        raise KeyFault("certificate: found bytes that are none, needed one in PEM form") from None
+    return found.not_valid_before_utc, found.not_valid_after_utc
+
+
+def certificate_expiry(pem: bytes) -> datetime:
+    """Last moment (UTC) at which an X.509 certificate counts.
+
+    Raises
+    ------
+    KeyFault
+        If the bytes are no certificate in PEM form.
+    """
+    return certificate_dates(pem)[1]
 
 
 def canonical_json(value: Any) -> bytes:

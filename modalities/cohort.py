@@ -224,6 +224,16 @@ def write_exclusions(exclusions: Iterable[Exclusion], path: Path) -> None:
         pd.DataFrame(rows, columns=list(EXCLUDED_COLUMNS)).to_csv(temporary, index=False)
 
 
+def read_exclusions(path: Path) -> list[Exclusion]:
+    """Read what :func:`write_exclusions` wrote; empty where there is no such file."""
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        rows = table[list(EXCLUDED_COLUMNS)].to_dict("records")
+    except (OSError, ValueError, KeyError):
+        return []
+    return [Exclusion(**{str(k): v for k, v in row.items()}) for row in rows]
+
+
 def keyed_unit(secret: bytes, purpose: str, patient_id: str) -> float:
     """Map a patient to [0, 1) by a hash under the site's secret, the same on every day."""
     digest = hmac.new(secret, f"{purpose}\0{patient_id}".encode(), hashlib.sha256).digest()
@@ -332,20 +342,24 @@ def validate_cohort(cohort: md.MuData) -> None:
 
 
 def cohort_digest(cohort: md.MuData) -> str:
-    """SHA-256 over ids, outcomes, splits, input digests and specs, independent of row order.
+    """SHA-256 over ids, outcomes, splits, input digests, specs and code, whatever the row order.
 
     It confirms guessed rows, so it stays at the site; what leaves is its HMAC.
     """
     obs = cohort.obs.sort_index()
-    rows = zip(
-        obs.index, obs["event"].tolist(), obs["time_days"].tolist(), obs["split"], strict=True
-    )
+    # Whole days come back from a file as integers, which JSON writes otherwise.
+    time_days = obs["time_days"].astype(float).tolist()
+    rows = zip(obs.index, obs["event"].tolist(), time_days, obs["split"], strict=True)
     content = {
         "outcome": [list(row) for row in rows],
         "modalities": {
             name: {
                 "spec": str(table.uns["spec_fingerprint"]),
-                "inputs": sorted(table.obs["input_digest"].astype(str).items()),
+                **{
+                    column: sorted(table.obs[column].astype(str).items())
+                    for column in ("input_digest", "code_version")
+                    if column in table.obs
+                },
             }
             for name, table in sorted(cohort.mod.items())
         },
@@ -395,6 +409,22 @@ def read_cohort_digest(path: Path) -> str:
         with h5py.File(path) as file:
             return str(file["uns/cohort_digest"].asstr()[()])
     except (OSError, KeyError, AttributeError, TypeError, RuntimeError):
+        raise DataError("damaged_cohort", "cohort: the file is damaged; prepare it again") from None
+
+
+def read_patient_ids(path: Path) -> frozenset[str]:
+    """Read who is in a cohort, without the features.
+
+    Raises
+    ------
+    DataError
+        If the file is missing or damaged.
+    """
+    read_cohort_digest(path)
+    try:
+        with h5py.File(path) as file:
+            return frozenset(ad.io.read_elem(file["obs"]).index.astype(str))
+    except (OSError, KeyError, AttributeError, TypeError, ValueError, RuntimeError):
         raise DataError("damaged_cohort", "cohort: the file is damaged; prepare it again") from None
 
 

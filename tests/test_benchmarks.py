@@ -3,8 +3,10 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -435,3 +437,48 @@ def _consortium_gains(found: dict[str, Any]) -> None:
     assert federated["pooled_test"]["value"] > 0.65
     assert found["max_coefficient_gap"] <= 1e-6
     assert found["rounds"] <= 10
+
+
+def test_a_night_of_timers_costs_what_is_new(
+    printed: Callable[..., dict[str, Any]], load: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Without servers and processes: that the stubbed site works, and the figures are about it."""
+    module, extracted = load("orchestration"), []
+    from flows import extraction
+
+    def connect(_: object, root: Path) -> None:
+        monkeypatch.setenv("CONSILIUM_ROOT", str(root))
+
+    def night(root: Path) -> float:
+        with module.timers(slide=0.0, scan=0.0, counts=0.0):
+            batch = extraction.extract_batch
+            with monkeypatch.context() as patched:
+                patched.setattr(
+                    "flows.extraction.extract_batch",
+                    lambda one, *more: extracted.append(one) or batch(one, *more),
+                )
+                module.by_loop(root)
+        return 9.0
+
+    monkeypatch.setattr(module, "prefect_server", lambda _: nullcontext(SimpleNamespace(
+        wait_ready=lambda: None
+    )))  # fmt: skip
+    monkeypatch.setattr(module, "connect", connect)
+    monkeypatch.setattr(module, "by_flow", module.by_loop)
+    monkeypatch.setattr(module, "night", night)
+    found = printed("orchestration", "--patients", 6, "--milliseconds", 1, "--repeat", 1)
+    assert sorted((one.modality, len(one.rows)) for one in extracted) == [
+        ("omics", 7), ("pathology", 1), ("radiology", 1),
+    ]  # fmt: skip
+    assert {"overhead", "unchanged_s", "one_new_patient_ratio"} <= set(found)
+    assert found["unchanged_s"] == found["one_new_patient_s"] == 9.0
+    assert found["one_new_patient_ratio"] == 0.0
+    assert found["timers_alone_s"] == 0.007
+
+
+def test_waiting_is_shared_out_between_threads(load: Callable[[str], ModuleType]) -> None:
+    alone = load("orchestration").timers_alone
+    assert alone(64, 0.0) == 0.0
+    assert alone(64, 1.0) == 65.0  # 1, then 64 and 64 on two threads
+    assert alone(500, 1.0) == pytest.approx(500.5, abs=64)

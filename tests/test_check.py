@@ -169,7 +169,8 @@ def test_bad_inputs_do_not_stop_the_cohort(site: SiteSettings, protocol: StudyPr
     for name in ("pathology", "radiology", "omics"):
         work = plan_modality(
             name, protocol.modality[name], [r for r in rows if r.modality == name],
-            features=site.path("features"), ledger=Ledger(site.path("digests.json")), batch_size=50,
+            features=site.path("features"), ledger=Ledger(site.path("digests.json")),
+            secret=site.key, batch_size=50,
         )  # fmt: skip
         faults = [f for b in work.pending for f in extract_batch(b, work.spec, work.features)]
         found |= codes([*work.faults, *faults])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-SITES = "64,56,12"
+SIZES = (46, 40, 10)
 LOWERED = """
 patients = 25
 events = 10
@@ -55,7 +55,7 @@ def study_run(root: Path) -> dict[str, Any]:
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Raw files of three small sites, the last below its training minimum; never run."""
     root = tmp_path_factory.mktemp("raw") / "consortium"
-    consilium("simulate", root, "--sites", SITES, "--seed", "3")
+    consilium("simulate", root, "--sites", ",".join(map(str, SIZES)), "--seed", "3")
     study = root / "study.toml"
     study.write_text(study.read_text().replace("[privacy]", "[privacy]" + LOWERED))
     return root
@@ -75,7 +75,7 @@ def test_a_run_ends_with_figures_and_a_registered_model(
     _, summary = finished
     assert summary["n_sites"] == 3
     assert summary["n_training_sites"] == 2
-    assert summary["n_patients"] == 132
+    assert summary["n_patients"] == sum(SIZES)
     assert summary["rounds"] <= 10
     assert summary["max_coefficient_gap"] <= 1e-6
     assert set(summary["concordance"]) == {
@@ -260,7 +260,7 @@ def test_bad_inputs_are_set_aside_one_by_one_and_the_rest_goes_on(
     )
     assert found == expected
     assert not excluded["reason"].str.contains("/").any()
-    assert summary["n_patients"] == 132 - 3
+    assert summary["n_patients"] == sum(SIZES) - 3
 
 
 def test_no_site_above_its_minimum_is_one_sentence(

@@ -13,9 +13,10 @@ import pytest
 from flows import extraction
 from flows.demo import demo_protocol
 from flows.extraction import Ledger, ModalityWork, collect, extract_batch, plan_modality
+from flows.extraction_keys import MadeFrom, code_version, recipe
 from flows.protocol import ModalitySpec, read_protocol_text
-from modalities.cohort import Exclusion, ManifestRow, read_manifest
-from modalities.pathology import PathologySpec, read_bag
+from modalities.cohort import Exclusion, ManifestRow, assemble, read_manifest
+from modalities.pathology import Bag, PathologySpec, read_bag
 from modalities.synthetic import simulate
 from modalities.tabular import TabularSpec
 
@@ -27,6 +28,7 @@ SPECS: dict[str, ModalitySpec] = dict(
     read_protocol_text(demo_protocol(tables_only=False), source="demo.toml").modality
 ) | {"pathology": PathologySpec(encoder="test_efficientnet", pretrained=False, precision="fp32")}
 RAW = ("pathology", "radiology", "omics")
+SECRET = b"a secret of the site, of 32 bytes"
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def plan(
     ledger = Ledger(site / "features" / "digests.json")
     work = plan_modality(
         name, spec or SPECS[name], rows_of(site, name) if rows is None else rows,
-        features=site / "features", ledger=ledger, batch_size=size,
+        features=site / "features", ledger=ledger, secret=SECRET, batch_size=size,
     )  # fmt: skip
     ledger.save()
     return work
@@ -327,3 +329,155 @@ def test_features_are_tables_of_their_spec(extracted: Path) -> None:
         table = ad.read_h5ad(extracted / "features" / f"{name}.h5ad")
         assert table.uns["spec_fingerprint"] == SPECS[name].fingerprint()
         assert pd.Index(table.obs_names).is_unique
+
+
+@pytest.mark.parametrize("name", ["radiology", "pathology"])
+def test_one_new_patient_is_one_input_whoever_is_there(
+    site: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newcomer alone is measured, embedded and averaged; bags of others are not even read."""
+    rows = rows_of(site, name)
+    bags = {p: p.stat().st_mtime_ns for p in (site / "features" / name).rglob("*.h5")}
+    known = collect(plan(site, name, rows))
+    assert known is not None
+    twin = rows[0].path.with_name(f"twin-{rows[0].path.name}")
+    (shutil.copytree if twin.suffix == "" else shutil.copy)(rows[0].path, twin)
+    read: list[Path] = []
+
+    def count(path: Path) -> Bag:
+        read.append(path)
+        return read_bag(path)
+
+    monkeypatch.setattr("flows.extraction.read_bag", count)
+    work = plan(site, name, [*rows, replace(rows[0], patient_id="new", path=twin)])
+    assert pending(work) == ["new"]
+    assert extract(work) == []
+    table = collect(work)
+    assert table is not None
+    assert len(read) == (name == "pathology")
+    assert {p: p.stat().st_mtime_ns for p in bags} == bags
+    np.testing.assert_array_equal(table[known.obs_names].X, known.X)
+    np.testing.assert_array_equal(table["new"].X, table[rows[0].patient_id].X)
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_another_extractors_code_does_everything_again_and_half_done_it_continues(
+    site: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pending(plan(site, name)) == []
+    monkeypatch.setattr("flows.extraction_keys.code_version", lambda _: "e" * 64)
+    work = plan(site, name)
+    assert sorted(pending(work)) == sorted(row.patient_id for row in work.rows)
+    assert collect(work) is None
+    assert extract_batch(work.pending[0], work.spec, work.features) == []
+    again = plan(site, name)
+    done = [row.patient_id for row in work.pending[0].rows]
+    assert sorted(pending(again) + done) == sorted(pending(work))
+    table = collect(again)
+    assert table is not None
+    assert sorted(table.obs_names) == sorted(done)
+    if name != "pathology":
+        assert set(table.obs["code_version"]) == {"e" * 64}
+
+
+def test_features_of_before_there_were_keys_are_kept_and_mix_with_new_ones(site: Path) -> None:
+    path = site / "features" / "radiology.h5ad"
+    table = ad.read_h5ad(path)
+    del table.obs["cache_key"], table.obs["code_version"]
+    table.write_h5ad(path)
+    rows = rows_of(site, "radiology")
+    assert pending(plan(site, "radiology")) == []
+    new = replace(rows[0], patient_id="new")
+    work = plan(site, "radiology", [*rows, new])
+    assert pending(work) == ["new"]
+    assert extract(work) == []
+    work = plan(site, "radiology", [*rows, new])
+    assert pending(work) == []
+    found = collect(work)
+    assert found is not None
+    assert found.n_obs == len(rows) + 1
+    keys = found.obs["cache_key"].astype(str)
+    assert (keys != "").tolist() == [x == "new" for x in found.obs_names]
+
+
+def test_another_sites_secret_vouches_for_nothing(site: Path) -> None:
+    rows = rows_of(site, "radiology")
+    ledger = Ledger(site / "features" / "digests.json")
+    work = plan_modality(
+        "radiology", SPECS["radiology"], rows, features=site / "features", ledger=ledger,
+        secret=b"the secret of another site", batch_size=2,
+    )  # fmt: skip
+    assert len(pending(work)) == len(rows)
+    made = {x.source for x in work.made if x is not None}
+    assert not any(x.key in made for x in work.made if x is not None)
+
+
+def test_a_keyed_table_says_what_else_it_is_made_of(extracted: Path) -> None:
+    table = ad.read_h5ad(extracted / "features" / "radiology.h5ad")
+    now = recipe(SPECS["radiology"], SECRET)
+    for source, code, key in table.obs[["source_digest", "code_version", "cache_key"]].to_numpy():
+        assert (code, key) == (now.code, now.key(source))
+    made = MadeFrom("a", now.spec, now.code, now.key("a"))
+    assert now.why_stale(None, "a") == "new"
+    assert now.why_stale(made, "a") is None
+    assert now.why_stale(made, "b") == "input"
+    assert now.why_stale(replace(made, spec="other"), "a") == "protocol"
+    assert replace(now, code="other").why_stale(made, "a") == "code"
+    assert replace(now, secret=b"other").why_stale(made, "a") == "secret"
+    assert str(SECRET) not in repr(now)
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Two extractors, to be edited."""
+    code_version.cache_clear()
+    monkeypatch.setattr("flows.extraction_keys._ROOT", tmp_path)
+    (tmp_path / "modalities" / "one").mkdir(parents=True)
+    (tmp_path / "modalities" / "one" / "a.py").write_text('"""One."""\nX = 1\n')
+    (tmp_path / "modalities" / "two.py").write_text("Y = 1\n")
+    yield tmp_path / "modalities"
+    code_version.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "is_same"),
+    [
+        ('"""Two lines,\n\nbetter said."""\n# why\nX = (1)\n', True),
+        ("X = 2\n", False),
+        ("X = 1\nY = 'text'\n", False),
+        ("X = 1.0\n", False),
+        ("X = True\n", False),
+        ('def f():\n    """Said."""\n    return 1\n', False),
+    ],
+)
+def test_code_counts_by_what_it_does(sources: Path, text: str, is_same: bool) -> None:
+    one, two = code_version("modalities/one"), code_version("modalities/two")
+    (sources / "one" / "a.py").write_text(text)
+    code_version.cache_clear()
+    assert (code_version("modalities/one") == one) is is_same
+    assert code_version("modalities/two") == two
+    (sources / "one" / "b.py").write_text("Z = 1\n")
+    code_version.cache_clear()
+    assert code_version("modalities/one") != one
+
+
+def test_each_extractor_has_code_of_its_own() -> None:
+    codes = {name: recipe(SPECS[name], SECRET).code for name in RAW}
+    codes["blood"] = recipe(TabularSpec(columns=("hb",)), SECRET).code
+    assert len(set(codes.values())) == 4
+
+
+def test_a_cohorts_digest_sees_the_code_that_made_its_features(extracted: Path) -> None:
+    table = collect(plan(extracted, "radiology"))
+    assert table is not None
+    n = table.n_obs
+    outcome = pd.DataFrame(
+        {"event": [True] * n, "time_days": [9.0] * n, "split": "train", "fold_unit": 0.5},
+        index=table.obs_names,
+    )
+    digests = set()
+    for code in ("one", "two"):
+        table.obs["code_version"] = code
+        cohort = assemble({"radiology": table}, outcome, protocol_fingerprint="p")
+        digests.add(cohort.uns["cohort_digest"])
+    assert len(digests) == 2

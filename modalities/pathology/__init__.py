@@ -7,7 +7,7 @@ The line: ``reader`` opens a slide and knows its scale, ``tissue`` tells tissue 
 
 from typing import TYPE_CHECKING
 
-from modalities.pathology.bags import Bag, is_current, read_bag
+from modalities.pathology.bags import Bag, is_current, read_bag, read_marks
 from modalities.pathology.encoder import (
     MissingWeights,
     UnknownEncoder,
@@ -44,4 +44,5 @@ __all__ = [
     "is_current",
     "load_tile_encoder",
     "read_bag",
+    "read_marks",
 ]

@@ -13,7 +13,7 @@ from modalities.cohort import DataError
 from modalities.files import replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -81,15 +81,27 @@ def read_bag(path: Path) -> Bag:
     return bag
 
 
+def read_marks(path: Path, names: Iterable[str]) -> dict[str, str] | None:
+    """Read attributes of a bag's file, without its tiles; None where it is missing or not whole.
+
+    Parameters
+    ----------
+    names
+        Of the attributes; those that it lacks are left out.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            if not 0 < len(file["coords"]) == len(file["features"]):
+                return None
+            return {x: str(file.attrs[x]) for x in names if x in file.attrs}
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError, AttributeError):
+        return None
+
+
 def is_current(out_h5: Path, *, input_digest: str, spec_fingerprint: str) -> bool:
     """Whether ``out_h5`` is whole and was made from this input under this spec."""
-    try:
-        with h5py.File(out_h5, "r") as file:
-            made_from = (file.attrs["input_digest"], file.attrs["spec_fingerprint"])
-            whole = 0 < len(file["coords"]) == len(file["features"])
-            return whole and made_from == (input_digest, spec_fingerprint)
-    except (OSError, KeyError, RuntimeError, TypeError, ValueError, AttributeError):
-        return False
+    expected = {"input_digest": input_digest, "spec_fingerprint": spec_fingerprint}
+    return read_marks(out_h5, expected) == expected
 
 
 def _without_batch_axis(values: NDArray[Any]) -> NDArray[Any]:

@@ -18,7 +18,7 @@ from modalities.pathology.tiles import Geometry, read_tiles, spread, tile_coords
 from modalities.pathology.tissue import thumbnail_downsample, tissue_mask, tissue_outline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -75,6 +75,7 @@ def extract_slide(
     encoder: TileEncoder,
     *,
     input_digest: str | None = None,
+    marks: Mapping[str, str] | None = None,
 ) -> int:
     """Write the bag of one slide, and its tissue outline beside it as GeoJSON.
 
@@ -82,6 +83,8 @@ def extract_slide(
     ----------
     input_digest
         Digest of the slide where it is known already; None computes it.
+    marks
+        Further attributes of the file, by which its maker recognises it.
 
     Returns
     -------
@@ -97,6 +100,7 @@ def extract_slide(
         plan = _plan(slide, spec)
         features = _embed(slide, plan, spec, encoder)
         file_attrs = {
+            **(marks or {}),
             "input_digest": input_digest or digest_slide(path),
             "spec_fingerprint": spec.fingerprint(),
             "encoder": encoder.name,

@@ -1,0 +1,355 @@
+"""What of a version's lineage still is as it was: everything reachable is computed anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from flows.extraction import Ledger, bag_path
+from flows.identity import public_key
+from flows.lineage import find_snapshot, last_cohort
+from flows.model_signing import (
+    ModelNotTrusted,
+    model_faults,
+    read_signature,
+    trusted_keys,
+    verify_model,
+)
+from flows.provenance import LINEAGE_FILE, LineageError
+from flows.site_digests import DIGESTS, altered, is_recorded
+from flows.site_registry import encoder_folder, registered_encoders
+from flows.snapshots import FEATURES, FOLDER, snapshot_state
+from flows.versions import CODE, git_commit, lock_digest, source_digest
+from fusion.keys import digest, verify
+from infra.settings import STUDY_FILE, SettingsError
+from modalities.clinical import ClinicalSpec, read_registry
+from modalities.cohort import DataError, read_manifest
+from modalities.files import digest_path
+from modalities.pathology import read_marks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from mudata import MuData
+
+    from flows.lineage import Lineage
+    from flows.protocol import ModalitySpec, StudyProtocol
+    from flows.provenance import Provenance
+    from infra.settings import SiteSettings
+    from modalities.cohort import ManifestRow
+
+State = Literal["whole", "changed", "missing", "elsewhere"]
+FAULTS: Final = ("changed", "missing")
+_INPUT: Final = "input_digest"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One part of a version's lineage.
+
+    Attributes
+    ----------
+    party
+        ``coordinator`` or the name of a site.
+    name
+        What it is; no patient and no path.
+    state
+        ``elsewhere``: not on this machine, so that nothing is known of it.
+    file
+        Where it is, relative to the party's folder; for the terminal at the party only.
+    why
+        What was found, where that is not plain.
+    """
+
+    party: str
+    name: str
+    state: State
+    file: str = ""
+    why: str = ""
+
+    def sentence(self) -> str:
+        """One line for the terminal of the party."""
+        at = f" ({self.file})" if self.file and self.file != self.name else ""
+        why = f": {self.why}" if self.why else ""
+        state = "not on this machine" if self.state == "elsewhere" else self.state
+        return f"{self.party}: {self.name}{at}: {state}{why}"
+
+
+COORDINATOR: Final = "coordinator"
+
+
+def check_lineage(found: Lineage) -> list[Item]:
+    """Compute everything of a version's lineage anew that this machine can reach."""
+    try:
+        said = found.statement
+    except LineageError as error:
+        state: State = "changed" if (found.run / LINEAGE_FILE).is_file() else "missing"
+        return [Item(COORDINATOR, LINEAGE_FILE, state, why=str(error))]
+    items = [
+        *_statement_items(found, said),
+        *_model_items(found, said),
+        *_artifact_items(found, said),
+        *_folder_items(found, said),
+        *_code_items(said),
+    ]
+    for site in said.cohorts:
+        items += _site_items(found, site)
+    return items
+
+
+def _statement_items(found: Lineage, said: Provenance) -> Iterator[Item]:
+    try:
+        keys = trusted_keys(found.workspace.root)
+    except ModelNotTrusted as error:
+        yield Item(COORDINATOR, "consortium.json", "changed", why=str(error))
+        keys = frozenset()
+    if not said.is_signed():
+        yield Item(COORDINATOR, LINEAGE_FILE, "changed", why="its signature is not over this text")
+    elif keys and said.signed_by not in keys:
+        why = "it is signed by a key that is not the coordinator's"
+        yield Item(COORDINATOR, LINEAGE_FILE, "changed", why=why)
+    else:
+        why = "" if keys else "no key of the coordinator is here to hold its signature against"
+        yield Item(COORDINATOR, LINEAGE_FILE, "whole", why=why)
+    tags = found.version.tags
+    for name, value in said.tags().items():
+        if tags.get(name) != value:
+            yield Item(COORDINATOR, f"tag {name} of the version", "changed")
+    inputs = found.client.get_run(found.version.run_id).inputs
+    digests = {x.dataset.name: x.dataset.digest for x in inputs.dataset_inputs}
+    for site, cohort in said.cohorts.items():
+        if not digests.get(site) or not cohort.startswith(digests[site]):
+            yield Item(COORDINATOR, f"data set {site} of the run", "changed")
+
+
+def _model_items(found: Lineage, said: Provenance) -> Iterator[Item]:
+    try:
+        signed = read_signature(found.model)
+    except ModelNotTrusted as error:
+        yield Item(COORDINATOR, "model: signature.json", "changed", why=str(error))
+        return
+    if digest(signed.text()) != said.model or not verify(
+        signed.signed_by, bytes.fromhex(signed.signature), signed.text()
+    ):
+        yield Item(COORDINATOR, "model: signature.json", "changed")
+    for name, state in model_faults(found.model, signed).items():
+        yield Item(COORDINATOR, f"model: {name}", "missing" if state == "missing" else "changed")
+    yield Item(COORDINATOR, f"model: {len(signed.files)} files read", "whole")
+
+
+def _artifact_items(found: Lineage, said: Provenance) -> Iterator[Item]:
+    for name, expected in said.artifacts.items():
+        yield Item(COORDINATOR, f"artifact {name}", _state(found.run / name, expected))
+
+
+def _folder_items(found: Lineage, said: Provenance) -> Iterator[Item]:
+    """Check the protocol, and the run's own folder, which people read."""
+    root = found.workspace.root
+    study = root / STUDY_FILE
+    if not said.protocol_file:
+        yield Item(COORDINATOR, STUDY_FILE, "elsewhere")
+    else:
+        yield Item(COORDINATOR, STUDY_FILE, _state(study, said.protocol_file))
+    for name in ("record.json", "report.html"):
+        path = root / "runs" / said.run[:12] / name
+        if name in said.artifacts and path.is_file():
+            file = path.relative_to(root).as_posix()
+            yield Item(COORDINATOR, file, _state(path, said.artifacts[name]))
+
+
+def _code_items(said: Provenance) -> Iterator[Item]:
+    if git_commit() != said.commit:
+        why = "the version was made with another release than this one"
+        yield Item(COORDINATOR, "code", "elsewhere", why=why)
+        return
+    same: dict[bool, State] = {True: "whole", False: "changed"}
+    yield Item(COORDINATOR, "code", same[source_digest(*CODE) == said.code])
+    yield Item(COORDINATOR, "locked dependencies", same[lock_digest() == said.lock])
+
+
+def _site_items(found: Lineage, site: str) -> Iterator[Item]:
+    try:
+        here = site in found.workspace.site_names()
+        settings = found.workspace.site(site) if here else None
+    except SettingsError as error:
+        yield Item(site, "site.toml", "changed", why=str(error))
+        return
+    if settings is None:
+        yield Item(site, "cohort and inputs", "elsewhere")
+        return
+    yield from check_site_files(settings)
+    yield from _cohort_items(settings, found.statement.cohorts[site], lambda: found.protocol)
+    yield from check_site_models(settings)
+
+
+def check_site(settings: SiteSettings, protocol: StudyProtocol) -> list[Item]:
+    """Compute a site's own part anew, where the coordinator's registry is out of reach."""
+    items = [*check_site_files(settings), *check_site_models(settings)]
+    try:
+        cohort = last_cohort(settings)
+    except LineageError as error:
+        return [*items, Item(settings.name, "encoders", "elsewhere", why=str(error))]
+    return [*items, *_cohort_items(settings, cohort, lambda: protocol)]
+
+
+def check_site_files(settings: SiteSettings) -> Iterator[Item]:
+    """Read every file that a site wrote anew: its draft, its snapshots, its encoders."""
+    if not is_recorded(settings):
+        why = "nothing is recorded of its files; run `consilium site prepare` with this release"
+        yield Item(settings.name, DIGESTS, "missing", why=why)
+        return
+    faults = altered(settings)
+    for number, (name, state) in enumerate(faults.items(), start=1):
+        # A bag has the name of its slide.
+        shown = name if not name.endswith(".h5") else f"slide features {number}"
+        yield Item(settings.name, shown, "missing" if state == "missing" else "changed", name)
+    if not faults:
+        yield Item(settings.name, "cohort, snapshots, features and encoders", "whole")
+
+
+def check_site_models(settings: SiteSettings) -> Iterator[Item]:
+    """Check the encoders in a site's own registry against the site's signature."""
+    own = public_key(settings.home)
+    for encoder in registered_encoders(settings):
+        folder = encoder_folder(settings, encoder)
+        name = f"{encoder.name} version {encoder.version}"
+        if folder is None:
+            yield Item(settings.name, name, "missing")
+            continue
+        try:
+            verify_model(folder, [own] if own else [])
+        except ModelNotTrusted as error:
+            yield Item(settings.name, name, "changed", why=str(error))
+
+
+def _cohort_items(
+    settings: SiteSettings, keyed: str, read: Callable[[], StudyProtocol]
+) -> Iterator[Item]:
+    snapshot = find_snapshot(settings, keyed)
+    if snapshot is None:
+        withdrawn = snapshot_state(settings).n_forbidden > 0
+        state: State = "elsewhere" if withdrawn else "missing"
+        why = "a patient withdrew" if withdrawn else "no snapshot has the digest of this version"
+        yield Item(settings.name, "cohort of this version", state, why=why)
+        return
+    number, cohort = snapshot
+    yield Item(settings.name, f"cohort of this version, snapshot {number}", "whole")
+    try:
+        protocol = read()
+    except LineageError as error:
+        yield Item(settings.name, "raw inputs", "elsewhere", why=str(error))
+        return
+    features = settings.path(FOLDER, f"{number:04d}", FEATURES)
+    yield from _input_items(settings, protocol, cohort, features)
+
+
+def _input_items(
+    settings: SiteSettings, protocol: StudyProtocol, cohort: MuData, features: Path
+) -> Iterator[Item]:
+    """Read raw inputs anew, byte for byte, and hold them against what the cohort was made from."""
+    try:
+        rows, _ = read_manifest(settings.path(settings.manifest), protocol.modalities)
+    except DataError as error:
+        yield Item(settings.name, "manifest", "elsewhere", why=str(error))
+        rows = []
+    for modality in sorted(cohort.mod):
+        spec = protocol.modality[modality]
+        if isinstance(spec, ClinicalSpec):
+            yield _registry_item(settings, spec, cohort, modality)
+        else:
+            mine = [row for row in rows if row.modality == modality]
+            known = _known_sources(cohort, modality, mine, settings, features)
+            yield from _raw_items(settings, modality, spec, known)
+
+
+def _registry_item(
+    settings: SiteSettings, spec: ClinicalSpec, cohort: MuData, modality: str
+) -> Item:
+    path = settings.path(settings.clinical)
+    if not path.is_file():
+        return Item(settings.name, modality, "elsewhere")
+    file = _relative(path, settings)
+    try:
+        registry, _ = read_registry(path, spec)
+    except DataError as error:
+        return Item(settings.name, modality, "changed", file, str(error))
+    now = registry.covariates.obs["input_digest"].astype(str)
+    then = cohort.mod[modality].obs["input_digest"].astype(str)
+    n_changed = int((now.reindex(then.index) != then).sum())
+    if n_changed:
+        rows = "row is" if n_changed == 1 else "rows are"
+        why = f"{n_changed} {rows} not as this version read"
+        return Item(settings.name, modality, "changed", file, why)
+    return Item(settings.name, modality, "whole", file)
+
+
+def _known_sources(
+    cohort: MuData,
+    modality: str,
+    rows: Sequence[ManifestRow],
+    settings: SiteSettings,
+    features: Path,
+) -> list[tuple[ManifestRow, str]]:
+    """Pair each raw input that the site still lists with the digest that it had."""
+    obs = cohort.mod[modality].obs
+    if "bag" not in obs:
+        then = obs["source_digest"].astype(str) if "source_digest" in obs else obs["input_digest"]
+        return [(row, str(then[row.patient_id])) for row in rows if row.patient_id in then.index]
+    bags = {x for text in obs["bag"].astype(str) for x in text.split(";")}
+    found = []
+    for row in rows:
+        name = f"{modality}/{bag_path(row, settings.path(FEATURES, modality)).name}"
+        marks = read_marks(features / name, [_INPUT]) if name in bags else None
+        if marks:
+            found.append((row, marks[_INPUT]))
+    return found
+
+
+def _raw_items(
+    settings: SiteSettings,
+    modality: str,
+    spec: ModalitySpec,
+    known: Sequence[tuple[ManifestRow, str]],
+) -> Iterator[Item]:
+    ledger = Ledger(settings.path(".nothing"))  # one that remembers nothing reads every byte
+    states: dict[tuple[Path, Path | None], tuple[State, str]] = {}
+    for row, then in known:
+        place = (row.path, row.mask_path)
+        try:
+            state: State = "whole" if ledger.digest(row, spec) == then else "changed"
+            why = ""
+        except (OSError, DataError):
+            state, why = "missing", "it cannot be read"
+        if states.get(place, ("whole", ""))[0] == "whole":
+            states[place] = (state, why)
+    n_whole = sum(state == "whole" for state, _ in states.values())
+    if n_whole:
+        yield Item(settings.name, f"{modality}: {_counted(n_whole)} read", "whole")
+    for number, (place, (state, why)) in enumerate(sorted(states.items(), key=str), start=1):
+        if state != "whole":
+            name = f"{modality}: file {number} of {len(states)}"
+            yield Item(settings.name, name, state, _relative(place[0], settings), why)
+    if not states:
+        yield Item(settings.name, f"{modality}: raw inputs", "elsewhere")
+
+
+def _counted(n_files: int) -> str:
+    return "1 file" if n_files == 1 else f"{n_files} files"
+
+
+def _relative(path: Path, settings: SiteSettings) -> str:
+    home = settings.home.resolve()
+    path = path.resolve()
+    return path.relative_to(home).as_posix() if path.is_relative_to(home) else path.name
+
+
+def _state(path: Path, expected: str) -> State:
+    if not path.is_file():
+        return "missing"
+    return "whole" if digest_path(path) == expected else "changed"
+
+
+def item_values(items: Sequence[Item]) -> list[Mapping[str, Any]]:
+    """Give items as plain values for a program: names and states, no file."""
+    return [{"party": x.party, "item": x.name, "state": x.state} for x in items]

@@ -1,0 +1,199 @@
+"""A patient's page for the treatment board: what it says, who may read it, that it is one page."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+import stat
+from html.parser import HTMLParser
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from flows.board import patients_beside, write_boards
+from flows.board_figures import attention_figure, contributions_figure, shares_figure
+from flows.prediction import predict_cohort
+from flows.protocol import load_protocol
+from flows.registered_model import PredictionRefused, StudyModel, open_model
+from flows.snapshots import COHORT, withdraw
+from flows.tile_maps import TileMap, tile_map
+from infra.settings import STUDY_FILE, Workspace
+from modalities.cohort import write_cohort
+from modalities.pathology import read_bag
+from tests.small_trial import SITES, cohort_of, patients, prepare, run, settings_at
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HOSTILE = "<script>alert('x')</script>&../../p"
+SITE = "site-01"
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("trial")
+    prepare(root)
+    run(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(trial: Path) -> StudyModel:
+    return open_model(Workspace(root=trial), "small")
+
+
+@pytest.fixture
+def copied(trial: Path, tmp_path: Path) -> Path:
+    for site in SITES:
+        shutil.copytree(trial / site, tmp_path / site)
+    shutil.copy(trial / STUDY_FILE, tmp_path)
+    return tmp_path
+
+
+class Read(HTMLParser):
+    """Text of a page, its tags, and everything it would fetch."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.said, self.tags, self.fetched = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.fetched += [v or "" for k, v in attrs if k in {"src", "href", "action", "srcset"}]
+
+    def handle_data(self, data: str) -> None:
+        self.said.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.said).split())
+
+
+def with_slide(root: Path, model: StudyModel) -> str:
+    """Pseudonym of somebody who has every modality."""
+    settings = settings_at(root, SITE)
+    table = predict_cohort(settings, model, settings.path(COHORT)).table
+    return str(table.index[(table["lacking"] == "") & (table["in_study"] == "test")][0])
+
+
+def test_a_page_says_the_risk_and_stands_alone(copied: Path, model: StudyModel) -> None:
+    settings, patient = settings_at(copied, SITE), with_slide(copied, model)
+    (page,), n_without = write_boards(settings, model, patients=[patient])
+    assert (page, n_without) == (settings.path("board", f"{patient}.html"), 0)
+    assert stat.S_IMODE(page.stat().st_mode) == 0o600
+    assert stat.S_IMODE(page.parent.stat().st_mode) == 0o700
+    found = predict_cohort(settings, model, settings.path(COHORT)).table.loc[patient]
+    read = Read(page.read_text())
+    assert f"{100 * found['risk_by_730_days']:.0f} %" in read.text
+    assert f"Surviving {100 * found['survival_365']:.0f} %" in read.text
+    assert "Research only" in read.text
+    assert "small-fusion version 1 (candidate)" in read.text
+    assert "evaluated on this patient" in read.text
+    assert "No modality is missing" in read.text
+    assert "own network, which the model reads" in read.text
+    beside, trained = patients_beside(settings, model)
+    assert trained
+    percent = round(100 * float(np.mean(beside < found["log_hazard"])))
+    assert f"Higher risk than {percent} of 100" in read.text
+    assert "script" not in read.tags
+    assert len([x for x in read.fetched if x.startswith("data:image/")]) == 3
+    assert all(x.startswith("data:image/") for x in read.fetched)
+
+
+def test_missing_modalities_are_said_plainly(copied: Path, model: StudyModel) -> None:
+    settings = settings_at(copied, SITE)
+    table = predict_cohort(settings, model, settings.path(COHORT)).table
+    lacking = table.index[(table["lacking"] == "slides")][0]
+    (page,), _ = write_boards(settings, model, patients=[str(lacking)])
+    read = Read(page.read_text())
+    assert "Missing: slides." in read.text
+    assert len([x for x in read.fetched if x.startswith("data:image/")]) == 2
+
+
+def test_a_hostile_pseudonym_is_text_and_no_path(
+    copied: Path, model: StudyModel, tmp_path: Path
+) -> None:
+    settings = settings_at(copied, SITE)
+    table = patients(1, 2, first=800)
+    table.index = [HOSTILE, "p1"]
+    table.loc[HOSTILE, "tile"] = np.nan
+    table.loc["p1", "tile"] = np.nan
+    path = tmp_path / "hostile.h5mu"
+    write_cohort(cohort_of(table, load_protocol(copied / STUDY_FILE), tmp_path), path)
+    (page,), _ = write_boards(settings, model, patients=[HOSTILE], cohort=path)
+    assert page.parent == settings.path("board")
+    text = page.read_text()
+    assert "<script" not in text
+    assert HOSTILE in Read(text).text
+    assert "took no part in making the model" in text
+
+
+def test_everybody_gets_a_page_and_a_site_that_trains_nothing_too(
+    copied: Path, model: StudyModel
+) -> None:
+    settings = settings_at(copied, "site-03")
+    pages, n_without = write_boards(settings, model)
+    assert len(pages) + n_without == SITES["site-03"]
+    read = Read(pages[0].read_text())
+    assert "Too few patients of this hospital took part" in read.text
+    assert "gait counts as missing" in read.text.lower()
+
+
+def test_withdrawn_and_unknown_patients_have_no_page(copied: Path, model: StudyModel) -> None:
+    settings, patient = settings_at(copied, SITE), with_slide(copied, model)
+    (page,), _ = write_boards(settings, model, patients=[patient])
+    with pytest.raises(PredictionRefused, match="found nobody of this pseudonym"):
+        write_boards(settings, model, patients=["nobody"])
+    kept = shutil.copy(settings.path(COHORT), copied / "kept.h5mu")
+    withdraw(settings, patient)
+    assert not page.exists()
+    with pytest.raises(PredictionRefused, match="was withdrawn"):
+        write_boards(settings, model, patients=[patient], cohort=copied / kept)
+
+
+def test_attention_is_that_of_the_network_over_the_patients_tiles(
+    copied: Path, model: StudyModel
+) -> None:
+    settings, patient = settings_at(copied, SITE), with_slide(copied, model)
+    found = predict_cohort(settings, model, settings.path(COHORT), only=[patient])
+    tiles = tile_map(found.scorer, patient)
+    assert tiles is not None
+    assert tiles.attention is not None
+    assert tiles.share is None  # the model reads the network, not a mean of tiles
+    assert tiles.overview is None  # its slide is not there
+    np.testing.assert_allclose(tiles.attention.sum(), 1.0, rtol=1e-6)
+    bag = read_bag(found.scorer.features / found.scorer.cohort.mod["slides"].obs["bag"][patient])
+    encoder = found.scorer.own_encoder("slides")
+    assert encoder is not None
+    np.testing.assert_allclose(tiles.attention, encoder.attention([bag.features])[0])
+    np.testing.assert_array_equal(tiles.coords, bag.coords)
+    assert (tiles.side_px, tiles.size_px) == (512.0, (2048.0, 1536.0))
+
+
+def an_image(address: str) -> bytes:
+    kind, _, content = address.partition(",")
+    assert kind == "data:image/png;base64"
+    return base64.b64decode(content)
+
+
+@pytest.mark.parametrize("n", [1, 2, 60])
+def test_maps_of_any_number_of_tiles_are_drawn(n: int) -> None:
+    coords = np.array([(512 * (i % 8), 512 * (i // 8)) for i in range(n)], dtype=np.int64)
+    tiles = TileMap(
+        modality="slides", coords=coords, side_px=512.0, size_px=(4096.0, 4096.0),
+        share=np.linspace(-1.0, 1.0, n), attention=np.full(n, 1.0 / n),
+        attention_is_the_models=False, n_slides=1,
+        overview=np.full((40, 40, 3), 200, dtype=np.uint8) if n > 2 else None,
+    )  # fmt: skip
+    assert tiles.is_even
+    for draw in (shares_figure, attention_figure):
+        assert an_image(draw(tiles)).startswith(b"\x89PNG")
+
+
+def test_names_of_modalities_in_a_figure_are_no_markup() -> None:
+    parts, has = np.array([0.0, -900.0, 5.0]), np.array([False, True, True])
+    svg = contributions_figure(["<b>$x_1$", "b", "c"], parts, has, spread=np.full(3, 0.1))
+    assert re.search("<b>", svg) is None

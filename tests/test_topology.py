@@ -1,0 +1,240 @@
+"""A consortium as it runs every day, on PostgreSQL: what is scheduled runs, and people see it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+from functools import partial
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+from tests.topology import topology, until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from playwright.sync_api import Browser
+
+    from tests.topology import PartyHere, Topology
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+STUDY = "demo-tables"
+EVERY_MINUTE = "* * * * *"
+# A folder that gets what the pages look like, for the documentation.
+PICTURES = os.environ.get("CONSILIUM_PICTURES", "")
+
+
+@pytest.fixture(scope="module")
+def parties() -> Iterator[Topology]:
+    with topology({"site": {"prepare-site": EVERY_MINUTE}, "coordinator": {}}, workers=3) as found:
+        for party in found.parties:
+            party.consilium("deploy")
+        yield found
+
+
+def _prepared_once(site: PartyHere) -> bool:
+    return any(r["state_type"] == "COMPLETED" for r in site.runs("prepare-site"))
+
+
+@pytest.fixture(scope="module")
+def prepared(parties: Topology) -> Topology:
+    """Every site after a night that began by itself, and the training that followed."""
+    for name, site in parties.sites.items():
+        assert until(partial(_prepared_once, site), 240), site.logs()
+        site.wait(site.begin(f"train-encoders/{name}"))
+    return parties
+
+
+@pytest.fixture(scope="module")
+def studied(prepared: Topology) -> Topology:
+    run = prepared.coordinator.begin(f"run-study/{STUDY}")
+    state = prepared.coordinator.wait(run)
+    assert state["name"] == "Completed", (state, prepared.coordinator.logs())
+    return prepared
+
+
+@pytest.fixture(scope="module")
+def promoted(studied: Topology) -> Topology:
+    run = studied.coordinator.begin(f"promote/{STUDY}", version=1)
+    state = studied.coordinator.wait(run, "PAUSED")
+    assert state["name"] == "Suspended", (state, studied.coordinator.logs())
+    studied.coordinator.consilium("approve", run)
+    state = studied.coordinator.wait(run)
+    assert state["name"] == "Promoted", (state, studied.coordinator.logs())
+    return studied
+
+
+def test_a_scheduled_run_fires_at_every_site(prepared: Topology) -> None:
+    for name, site in prepared.sites.items():
+        scheduled = [r for r in site.runs("prepare-site") if r["auto_scheduled"]]
+        assert any(r["state_type"] == "COMPLETED" for r in scheduled)
+        assert {r["name"] for r in scheduled if r["state_type"] == "COMPLETED"} == {
+            f"prepare-{name}"
+        }
+        assert (site.root / "cohort.h5mu").is_file()
+
+
+def test_a_study_runs_over_the_engine_and_its_model_is_promoted(promoted: Topology) -> None:
+    home = promoted.coordinator
+    (summary,) = home.root.glob("runs/*/summary.json")
+    assert json.loads(summary.read_text())["summary"]["federation"] == "flare"
+    told = home.consilium("lineage")
+    assert "champion" in told
+    assert "whole" in home.consilium("lineage", "verify")
+
+
+def test_a_study_without_anything_new_is_skipped_and_says_why(promoted: Topology) -> None:
+    state = promoted.coordinator.wait(promoted.coordinator.begin(f"run-study/{STUDY}"))
+    assert state["name"] == "Skipped"
+    assert state["message"]
+
+
+def test_no_run_is_lost_and_no_database_locked_by_several_workers(promoted: Topology) -> None:
+    home = promoted.coordinator
+    runs = [home.begin(f"promote/{STUDY}", version=99 + at) for at in range(6)]
+    states = [home.wait(run) for run in runs]
+    assert {state["type"] for state in states} == {"FAILED"}  # there are no such versions
+    assert len({home.api.get(f"/flow_runs/{run}")["infrastructure_pid"] for run in runs}) == 6
+    assert "locked" not in home.logs()
+
+
+def test_what_the_servers_hold_names_no_patient_and_no_folder(promoted: Topology) -> None:
+    for party in promoted.parties:
+        ids = {
+            line.split(",")[0]
+            for file in (party.root / "clinical.csv",)
+            if file.is_file()
+            for line in file.read_text().splitlines()[1:]
+        }
+        text = _dumped(party.environment["CONSILIUM_DATABASE_URL"] + "_prefect")
+        assert str(party.root) not in text
+        assert not [x for x in ids if f'"{x}"' in text or f"\t{x}\t" in text]
+
+
+def _dumped(url: str) -> str:
+    from tests.postgres import postgres_program
+
+    program = postgres_program("pg_dump")
+    assert program is not None
+    done = subprocess.run([program, "--data-only", url], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    assert chromium is not None, "found no Chromium, needed it to look at the pages"
+    with sync_playwright() as play:
+        found = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+class Reader:
+    """A person at a browser: opens pages, reads them, and notes every address that was asked."""
+
+    def __init__(self, browser: Browser, password: str | None) -> None:
+        user, _, word = (password or ":").partition(":")
+        self._page = browser.new_page(viewport={"width": 1440, "height": 1100})
+        self._page.on("request", lambda request: self.asked.add(urlsplit(request.url).hostname))
+        self.asked: set[str | None] = set()
+        self._auth = base64.b64encode(f"{user}:{word}".encode()).decode()
+        self._has_password = password is not None
+
+    def read(self, address: str, *, until_seen: str, picture: str = "") -> str:
+        """Text of a page, once something is on it."""
+        if self._has_password:
+            origin = "{0.scheme}://{0.netloc}".format(urlsplit(address))
+            self._page.goto(origin)
+            self._page.evaluate("x => localStorage.setItem('prefect-password', x)", self._auth)
+        self._page.goto(address)
+        expect(self._page.locator("body")).to_contain_text(until_seen, timeout=60_000)
+        self._page.wait_for_load_state("networkidle")
+        if picture and PICTURES:
+            self._page.screenshot(path=f"{PICTURES}/{picture}.png")
+        return self._page.inner_text("body")
+
+
+@pytest.fixture
+def flows_page(browser: Browser, promoted: Topology) -> Iterator[Reader]:
+    """Look at the coordinator's Prefect pages."""
+    reader = Reader(browser, promoted.coordinator.services.prefect_auth)
+    yield reader
+    assert reader.asked <= {"127.0.0.1", None}
+
+
+@pytest.fixture
+def models_page(browser: Browser) -> Iterator[Reader]:
+    """Look at MLflow's pages."""
+    reader = Reader(browser, None)
+    yield reader
+    assert reader.asked <= {"127.0.0.1", None}
+
+
+def test_browser_shows_what_runs_when_at_a_site(browser: Browser, promoted: Topology) -> None:
+    name, site = next(iter(promoted.sites.items()))
+    reader = Reader(browser, site.services.prefect_auth)
+    address = site.services.prefect_api.removesuffix("/api")
+    text = reader.read(f"{address}/deployments", until_seen="audit-privacy", picture="deployments")
+    for flow in ("prepare-site", "train-encoders", "check-data", "audit-privacy"):
+        assert flow in text
+    assert name in text
+    assert "Every minute" in text
+    assert "upgrade" not in text.lower()
+    assert reader.asked <= {"127.0.0.1", None}
+
+
+def test_browser_shows_a_studys_run_with_its_table(flows_page: Reader, promoted: Topology) -> None:
+    home = promoted.coordinator
+    (run,) = [r for r in home.runs("run-study") if r["state_name"] == "Completed"]
+    address = home.services.prefect_api.removesuffix("/api")
+    page = f"{address}/runs/flow-run/{run['id']}"
+    text = flows_page.read(f"{page}?tab=Artifacts", until_seen="results", picture="run")
+    assert f"study-{STUDY}" in text
+    assert "results" in text.lower()
+    found = home.api.post(
+        "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}}
+    )
+    table = next(x for x in found if x["key"] == "results")
+    shown = flows_page.read(
+        f"{address}/artifacts/artifact/{table['id']}", until_seen="Federated", picture="results"
+    )
+    assert all(site in shown for site in promoted.sites)
+
+
+def test_browser_shows_the_gates_that_a_version_passed(
+    flows_page: Reader, promoted: Topology
+) -> None:
+    home = promoted.coordinator
+    (run,) = [r for r in home.runs("promote") if r["state_name"] == "Promoted"]
+    found = home.api.post(
+        "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}}
+    )
+    table = next(x for x in found if x["key"] == "gates")
+    address = home.services.prefect_api.removesuffix("/api")
+    shown = flows_page.read(
+        f"{address}/artifacts/artifact/{table['id']}", until_seen="concordance", picture="gates"
+    )
+    assert "signature" in shown.lower()
+
+
+def test_browser_shows_model_and_version_with_card_aliases_tags_and_lineage(
+    models_page: Reader, promoted: Topology
+) -> None:
+    address = promoted.coordinator.services.mlflow
+    text = models_page.read(f"{address}/#/models", until_seen=f"{STUDY}-fusion", picture="models")
+    assert "champion" in text
+    page = f"{address}/#/models/{STUDY}-fusion"
+    text = models_page.read(page, until_seen="champion", picture="model")
+    assert "candidate" in text
+    text = models_page.read(f"{page}/versions/1", until_seen="What it is for", picture="version")
+    assert "champion" in text
+    for tag in ("consilium.protocol", "consilium.code", "consilium.signed_by", "gate."):
+        assert tag in text

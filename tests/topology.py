@@ -1,0 +1,274 @@
+"""Two hospitals and a coordinator as they run every day: each its own servers, on PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from flows.prefect_api import PrefectApi
+from flows.serve import running
+from flows.services import ServiceError, free_port
+from tests.federated import end_services, plain_folder
+from tests.postgres import postgres_server
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from flows.serve import Services
+
+SIZES = (110, 100)
+_COMMAND = [sys.executable, "-W", "ignore", "-c", "from flows.cli import main; main()"]
+_TERMINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+
+
+@dataclass
+class PartyHere:
+    """One party: its folder, what its commands find in the environment, its services."""
+
+    root: Path
+    environment: dict[str, str]
+    process: subprocess.Popen[bytes] | None = None
+    services: Services = field(init=False)
+
+    def consilium(self, *arguments: str | Path, check: bool = True) -> str:
+        """Run a command in the party's folder; give what it printed."""
+        done = subprocess.run(
+            [*_COMMAND, *map(str, arguments)],
+            cwd=self.root,
+            env={**os.environ, **self.environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        if check:
+            assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    @property
+    def api(self) -> PrefectApi:
+        """The party's Prefect server."""
+        return PrefectApi(self.services.prefect_api, self.services.prefect_auth)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        (self.root / "logs").mkdir(exist_ok=True)
+        with (self.root / "logs/serve.log").open("wb") as output:
+            self.process = subprocess.Popen(
+                [*_COMMAND, "serve"],
+                cwd=self.root,
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_ready(self, within_s: float = 180.0) -> None:
+        """Wait until the services run."""
+        deadline = time.monotonic() + within_s
+        while (found := running(self.root)) is None:
+            assert self.process is not None
+            told = (self.root / "logs/serve.log").read_text()
+            assert self.process.poll() is None, told
+            assert time.monotonic() < deadline, told
+            time.sleep(0.2)
+        self.services = found
+
+    def stop(self) -> None:
+        """End the services as Ctrl-C does."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def begin(self, deployment: str, **parameters: Any) -> str:
+        """Start a deployment's run, as its page does; give the run's id."""
+        found = self.api.get(f"/deployments/name/{deployment}")
+        made = self.api.post(
+            f"/deployments/{found['id']}/create_flow_run",
+            {"parameters": {**found["parameters"], **parameters}},
+        )
+        return str(made["id"])
+
+    def wait(self, run: str, *states: str, within_s: float = 240.0) -> dict[str, Any]:
+        """Wait until a run is in one of these states, or has ended; give the state."""
+        wanted = set(states) or _TERMINAL
+        state: dict[str, Any] = {}
+
+        def reached() -> bool:
+            try:
+                state.update(self.api.get(f"/flow_runs/{run}")["state"])
+            except ServiceError:  # a server under load
+                return False
+            return state["type"] in wanted | _TERMINAL
+
+        assert until(reached, within_s), (state, self.logs())
+        return state
+
+    def runs(self, flow: str) -> list[dict[str, Any]]:
+        """Every run of a flow."""
+        found: list[dict[str, Any]] = self.api.post(
+            "/flow_runs/filter", {"flows": {"name": {"any_": [flow]}}}
+        )
+        return found
+
+    def logs(self) -> str:
+        """Last lines of the party's own logs."""
+        return "\n".join(
+            f"--- {file.name}\n{file.read_text(errors='replace')[-2000:]}"
+            for file in sorted(self.root.glob("logs/*.log"))
+        )
+
+
+@dataclass
+class Topology:
+    """All parties of a consortium, each served on its own."""
+
+    coordinator: PartyHere
+    sites: dict[str, PartyHere]
+
+    @property
+    def parties(self) -> list[PartyHere]:
+        """Coordinator first."""
+        return [self.coordinator, *self.sites.values()]
+
+
+def until(holds: Callable[[], bool], within_s: float) -> bool:
+    """Whether something comes to hold in time."""
+    deadline = time.monotonic() + within_s
+    while not (now := holds()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return now
+
+
+@contextmanager
+def topology(schedules: Mapping[str, Mapping[str, str]], *, workers: int) -> Iterator[Topology]:
+    """Set a consortium up by the commands that its people type, and serve every party.
+
+    Parameters
+    ----------
+    schedules
+        Per party, ``site`` or ``coordinator``, times by flow instead of those of the file.
+    workers
+        Of the coordinator, at once.
+    """
+    with plain_folder() as folder, ExitStack() as stack:
+        stack.enter_context(_ending_services(folder))
+        database = stack.enter_context(postgres_server(folder, max_connections=300))
+        names = _write_files(folder)
+        times = dict.fromkeys(names, schedules["site"])
+        parties = {
+            name: _party(folder / name, database, times.get(name, schedules["coordinator"]))
+            for name in ("coordinator", *names)
+        }
+        parties["coordinator"].environment["CONSILIUM_WORKERS"] = str(workers)
+        found = Topology(parties.pop("coordinator"), parties)
+        for party in found.parties:
+            stack.callback(party.stop)
+            party.start()
+        _provision(found)
+        stack.enter_context(_federation(found))
+        for party in found.parties:
+            party.wait_ready()
+        yield found
+
+
+@contextmanager
+def _ending_services(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        end_services(folder.glob("*/kits/*"))
+
+
+def _write_files(folder: Path) -> tuple[str, ...]:
+    from flows.demo import write_consortium
+
+    names = write_consortium(folder, SIZES, seed=7, tables_only=True)
+    study = (folder / "study.toml").read_text()
+    home = folder / "coordinator"
+    home.mkdir()
+    for name in (*names, "coordinator"):
+        (folder / name / "study.toml").write_text(study)
+    return names
+
+
+def _party(root: Path, database: str, schedules: Mapping[str, str]) -> PartyHere:
+    server = database.rpartition("/")[0]
+    return PartyHere(
+        root,
+        {
+            "CONSILIUM_DATABASE_URL": f"{server}/{root.name.replace('-', '_')}",
+            "CONSILIUM_PREFECT_PORT": str(free_port()),
+            "CONSILIUM_MLFLOW_PORT": str(free_port()),
+            "CONSILIUM_SCHEDULES": json.dumps(dict(schedules)),
+            "OPENBLAS_NUM_THREADS": "1",
+        },
+    )
+
+
+def _provision(found: Topology) -> None:
+    """Keys, kits and approvals, each made where it is made between hospitals."""
+    home = found.coordinator.root
+    keys = home / "pubs"
+    keys.mkdir()
+    for name, site in found.sites.items():
+        site.consilium("site", "key")
+        shutil.copy(site.root / "identity.pub", keys / f"{name}.pub")
+    found.coordinator.consilium(
+        *("federation", "provision", "study.toml", "--sites", ",".join(found.sites)),
+        *("--keys", keys, "--port", str(free_port())),
+    )
+    approvals = home / "coordinator/approvals"
+    approvals.mkdir(parents=True)
+    for name, site in found.sites.items():
+        shutil.move(home / "kits" / name, site.root / "kits" / name)
+        site.consilium("site", "approve", "--kit", site.root / "kits" / name)
+        shutil.copy(site.root / "approvals" / f"{name}.json", approvals)
+
+
+@contextmanager
+def _federation(found: Topology) -> Iterator[None]:
+    """Every party's end of the federation, as `consilium federation start` runs it."""
+    processes = []
+    try:
+        for name, party in {"coordinator": found.coordinator, **found.sites}.items():
+            home = [] if name == "coordinator" else ["--site-home", party.root]
+            arguments = ["federation", "start", "--kit", party.root / "kits" / name, *home]
+            with (party.root / "logs/federation.log").open("wb") as output:
+                processes.append(
+                    subprocess.Popen(
+                        [*_COMMAND, *map(str, arguments)],
+                        cwd=party.root,
+                        env={**os.environ, **party.environment},
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )
+        yield
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
