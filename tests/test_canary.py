@@ -154,7 +154,7 @@ def patterns_of(texts: Sequence[str], pairs: Sequence[tuple[float, float]]) -> d
     return patterns
 
 
-def _search_for(planted: Planted) -> Search:
+def search_for(planted: Planted) -> Search:
     pairs = list(zip(planted.numbers, planted.beside, strict=True))
     return Search(patterns_of(planted.texts, pairs))
 
@@ -420,7 +420,7 @@ def finished(request: pytest.FixtureRequest) -> Finished:
 
 @pytest.fixture(scope="module")
 def search(finished: Finished) -> Search:
-    return _search_for(finished.planted)
+    return search_for(finished.planted)
 
 
 PLACES = {

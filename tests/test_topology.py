@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import urllib.request
 from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -14,6 +15,8 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+from tests.postgres import postgres_program
+from tests.test_canary import search_for
 from tests.topology import topology, until
 
 if TYPE_CHECKING:
@@ -105,26 +108,47 @@ def test_no_run_is_lost_and_no_database_locked_by_several_workers(promoted: Topo
     assert "locked" not in home.logs()
 
 
-def test_what_the_servers_hold_names_no_patient_and_no_folder(promoted: Topology) -> None:
+@pytest.mark.border
+def test_what_the_servers_hold_names_no_patient_and_no_file(promoted: Topology) -> None:
+    search = search_for(promoted.planted)
     for party in promoted.parties:
-        ids = {
-            line.split(",")[0]
-            for file in (party.root / "clinical.csv",)
-            if file.is_file()
-            for line in file.read_text().splitlines()[1:]
-        }
-        text = _dumped(party.environment["CONSILIUM_DATABASE_URL"] + "_prefect")
-        assert str(party.root) not in text
-        assert not [x for x in ids if f'"{x}"' in text or f"\t{x}\t" in text]
+        told = [_dumped(party, server) for server in ("prefect", "mlflow")] + _answers(party)
+        assert not set().union(*(search.in_bytes(text) for text in told))
+    site = next(iter(promoted.sites.values()))
+    leaked = promoted.planted.texts[0]
+    found = site.api.get(f"/deployments/name/check-data/{site.root.name}")
+    site.api.post(f"/deployments/{found['id']}/create_flow_run", {"name": leaked})
+    assert search.in_bytes(_dumped(site, "prefect")) == {leaked}
+    assert leaked in set().union(*(search.in_bytes(text) for text in _answers(site)))
 
 
-def _dumped(url: str) -> str:
-    from tests.postgres import postgres_program
-
+def _dumped(party: PartyHere, server: str) -> bytes:
+    """Everything in one of a party's databases."""
     program = postgres_program("pg_dump")
     assert program is not None
-    done = subprocess.run([program, "--data-only", url], capture_output=True, text=True, check=True)
+    url = f"{party.environment['CONSILIUM_DATABASE_URL']}_{server}"
+    done = subprocess.run(
+        [program, "--data-only", "--inserts", url], capture_output=True, check=True
+    )
+    assert len(done.stdout) > 10_000
     return done.stdout
+
+
+def _answers(party: PartyHere) -> list[bytes]:
+    """What both servers answer to whoever asks for all they have."""
+    asked = ("flow_runs", "task_runs", "artifacts", "logs", "deployments", "work_pools", "events")
+    prefect = [json.dumps(party.api.post(f"/{name}/filter", {})).encode() for name in asked]
+    address = f"{party.services.mlflow}/api/2.0/mlflow"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    mlflow = []
+    for path in (
+        "registered-models/search",
+        "model-versions/search",
+        "experiments/search?max_results=100",
+    ):
+        with opener.open(f"{address}/{path}", timeout=60) as answer:
+            mlflow.append(answer.read())
+    return prefect + mlflow
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,14 @@ from flows.serve import running
 from flows.services import ServiceError, free_port
 from tests.federated import end_services, plain_folder
 from tests.postgres import postgres_server
+from tests.test_canary import plant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from flows.serve import Services
+    from tests.test_canary import Planted
 
 SIZES = (110, 100)
 _COMMAND = [sys.executable, "-W", "ignore", "-c", "from flows.cli import main; main()"]
@@ -141,6 +143,7 @@ class Topology:
 
     coordinator: PartyHere
     sites: dict[str, PartyHere]
+    planted: Planted
 
     @property
     def parties(self) -> list[PartyHere]:
@@ -170,14 +173,14 @@ def topology(schedules: Mapping[str, Mapping[str, str]], *, workers: int) -> Ite
     with plain_folder() as folder, ExitStack() as stack:
         stack.enter_context(_ending_services(folder))
         database = stack.enter_context(postgres_server(folder, max_connections=300))
-        names = _write_files(folder)
+        names, planted = _write_files(folder)
         times = dict.fromkeys(names, schedules["site"])
         parties = {
             name: _party(folder / name, database, times.get(name, schedules["coordinator"]))
             for name in ("coordinator", *names)
         }
         parties["coordinator"].environment["CONSILIUM_WORKERS"] = str(workers)
-        found = Topology(parties.pop("coordinator"), parties)
+        found = Topology(parties.pop("coordinator"), parties, planted)
         for party in found.parties:
             stack.callback(party.stop)
             party.start()
@@ -196,16 +199,18 @@ def _ending_services(folder: Path) -> Iterator[None]:
         end_services(folder.glob("*/kits/*"))
 
 
-def _write_files(folder: Path) -> tuple[str, ...]:
+def _write_files(folder: Path) -> tuple[tuple[str, ...], Planted]:
+    """Write raw files full of identifiers, and the study beside each party's."""
     from flows.demo import write_consortium
 
     names = write_consortium(folder, SIZES, seed=7, tables_only=True)
+    planted = plant(folder, names)
     study = (folder / "study.toml").read_text()
     home = folder / "coordinator"
     home.mkdir()
     for name in (*names, "coordinator"):
         (folder / name / "study.toml").write_text(study)
-    return names
+    return names, planted
 
 
 def _party(root: Path, database: str, schedules: Mapping[str, str]) -> PartyHere:
