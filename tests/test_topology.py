@@ -51,6 +51,8 @@ def prepared(parties: Topology) -> Topology:
     """Every site after a night that began by itself, and the training that followed."""
     for name, site in parties.sites.items():
         assert until(partial(_prepared_once, site), 240), site.logs()
+        nightly = site.api.get(f"/deployments/name/prepare-site/{name}")
+        site.api.post(f"/deployments/{nightly['id']}/pause_deployment", {})
         site.wait(site.begin(f"train-encoders/{name}"))
     return parties
 
