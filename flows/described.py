@@ -1,4 +1,4 @@
-"""Let Prefect's page show what a flow's parameters mean, and what they may be."""
+"""Let Prefect's page show what a flow's parameters mean and may be, and of its failure a code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import re
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, get_type_hints
 
+from prefect.context import FlowRunContext
+from prefect.states import Failed
 from pydantic import StringConstraints
+
+from flows.sealed import SiteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,12 +31,19 @@ def described(body: Callable[P, R]) -> Callable[P, R]:
     """Give a flow's body types and a docstring that Prefect can read.
 
     Prefect looks types up where a wrapper was defined, not where the body was, and reads
-    descriptions of parameters in another form than ours.
+    descriptions of parameters in another form than ours. What a flow raises it writes to a file and
+    tells its server the path; the state of a failure holds it for the caller alone.
     """
 
     @functools.wraps(body)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        return body(*args, **kwargs)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Any:
+        try:
+            return body(*args, **kwargs)
+        except SiteError as error:
+            if FlowRunContext.get() is None:
+                raise
+            failure = error
+        return Failed(message=f"ended with {failure}", data=failure)
 
     signature = inspect.signature(body)
     types = _types(body, signature)

@@ -9,7 +9,7 @@ import typer
 from rich.tree import Tree
 from typer.core import TyperGroup
 
-from flows.terminal import OUT, Json, Root, print_json, say
+from flows.terminal import OUT, Json, Root, print_json, say, workspace_at
 
 if TYPE_CHECKING:
     from flows.protocol import StudyProtocol
@@ -47,7 +47,7 @@ def show(model: Model = None, root: Root = Path(), as_json: Json = False) -> Non
     """Print the whole tree of a version: run, protocol, code, encoders, cohorts, inputs."""
     from flows.lineage import lineage_values, opened_lineage, site_values
 
-    workspace = _workspace(root)
+    workspace = workspace_at(root)
     if _is_site_alone(workspace, model):
         settings, protocol = _site_of(workspace)
         values = site_values(settings, protocol.study.name)
@@ -69,7 +69,7 @@ def verify(model: Model = None, root: Root = Path(), as_json: Json = False) -> N
     from flows.lineage import opened_lineage
     from flows.lineage_check import FAULTS, check_lineage, check_site, item_values
 
-    workspace = _workspace(root)
+    workspace = workspace_at(root)
     if _is_site_alone(workspace, model):
         settings, protocol = _site_of(workspace)
         items, title = check_site(settings, protocol), settings.name
@@ -101,15 +101,6 @@ def _site_of(workspace: Workspace) -> tuple[SiteSettings, StudyProtocol]:
 
     (name,) = workspace.site_names()
     return workspace.site(name), load_protocol(workspace.study_file)
-
-
-def _workspace(root: Path) -> Workspace:
-    import os
-
-    from infra.settings import Workspace
-
-    os.environ["CONSILIUM_ROOT"] = str(root.resolve())
-    return Workspace()
 
 
 def lineage_tree(values: dict[str, Any]) -> Tree:

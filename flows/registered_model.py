@@ -13,8 +13,9 @@ import numpy as np
 
 from flows.mlflow_store import SQLITE, client_of, database_of
 from flows.protocol import ProtocolError, read_protocol
+from flows.provenance import LINEAGE_FILE, read_provenance
 from fusion.late import LinearEncoder
-from modalities.files import fingerprint
+from modalities.files import digest_path, fingerprint
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -98,7 +99,7 @@ def open_model(workspace: Workspace, study: str, model: str | None = None) -> St
     """
     client = _client(workspace)
     found = find_version(client, model, study)
-    encoders, networks, protocol = _shared_parts(client, found)
+    encoders, networks, protocol = _shared_parts(client, found, workspace)
     pyfunc = _load(f"{_URI}{found.name}/{found.version}", workspace)
     fusion: FusionModel = pyfunc.unwrap_python_model().model
     if fusion.modalities != protocol.modalities:
@@ -185,17 +186,18 @@ def _load(uri: str, workspace: Workspace) -> PyFuncModel:
 
 
 def _shared_parts(
-    client: MlflowClient, found: ModelVersion
+    client: MlflowClient, found: ModelVersion, workspace: Workspace
 ) -> tuple[dict[str, LinearEncoder], dict[str, Floats], StudyProtocol]:
     """Read what the version's run keeps beside the model."""
     from mlflow.exceptions import MlflowException
 
     try:
         with TemporaryDirectory() as folder:
+            for name in (_ENCODERS, _NETWORKS, _PROTOCOL, LINEAGE_FILE):
+                client.download_artifacts(found.run_id, name, folder)
+            signed = _are_signed(Path(folder), workspace)
             values = {
-                name: json.loads(
-                    Path(client.download_artifacts(found.run_id, name, folder)).read_text()
-                )
+                name: json.loads((Path(folder) / name).read_text())
                 for name in (_ENCODERS, _NETWORKS, _PROTOCOL)
             }
         encoders = {k: LinearEncoder.from_dict(v) for k, v in values[_ENCODERS].items()}
@@ -206,7 +208,7 @@ def _shared_parts(
             "model: found its run without readable encoders and protocol, needed them as the "
             "study wrote them; run the study again"
         ) from None
-    made = fingerprint(values[_PROTOCOL]) == found.tags.get("consilium.protocol")
+    made = signed and fingerprint(values[_PROTOCOL]) == found.tags.get("consilium.protocol")
     sums = protocol.sums_inputs()
     if not made or any(sums.get(x) != encoder.inputs for x, encoder in encoders.items()):
         raise PredictionRefused(
@@ -214,3 +216,18 @@ def _shared_parts(
             "of its run; `consilium lineage verify` says what changed"
         )
     return encoders, networks, protocol
+
+
+def _are_signed(folder: Path, workspace: Workspace) -> bool:
+    """Whether the coordinator signed these very files, as the version's lineage says."""
+    from flows.model_signing import trusted_keys
+
+    said = read_provenance(folder / LINEAGE_FILE)
+    return (
+        said.is_signed()
+        and said.signed_by in trusted_keys(workspace.root)
+        and all(
+            digest_path(folder / name) == said.artifacts.get(name)
+            for name in (_ENCODERS, _NETWORKS, _PROTOCOL)
+        )
+    )

@@ -206,11 +206,13 @@ def _planned(
     folder.mkdir(parents=True, exist_ok=True)
     port = _announced_port("MLflow", settings.mlflow_port, announce)
     mlflow = f"http://{HOST}:{port}"
-    ours = databases is None and settings.artifacts is None
+    # What a site's flows log has one writer, and stays a file of the site's.
+    is_site = (root / SITE_FILE).is_file()
+    database = None if databases is None or is_site else databases.mlflow
+    ours = database is None and settings.artifacts is None
     tracking = f"sqlite:///{folder / 'mlflow.db'}" if ours else mlflow
     found = replace(found, mlflow=mlflow, tracking_uri=tracking)
     log = root / "logs/mlflow.log"
-    database = None if databases is None else databases.mlflow
     start = partial(
         _mlflow,
         folder,
@@ -247,6 +249,7 @@ def _planned_prefect(
         auth = settings.prefect_auth and settings.prefect_auth.get_secret_value()
         pool = f"{POOL}-{_party(root)}"
         api = hub.rstrip("/") + ("" if urlsplit(hub).path.strip("/") else "/api")
+        PrefectApi(api, auth or None).post("/work_pools/filter", {})  # before anything starts
         announce(f"Prefect: {api}, shared; whoever controls it can run any program here")
         return replace(found, prefect_api=api, prefect_auth=auth or None, pool=pool), []
     port = _announced_port("Prefect", settings.prefect_port, announce)

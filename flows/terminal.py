@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from infra.settings import Workspace
+from infra.settings import SITE_FILE, Workspace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,9 +37,20 @@ def opened(root: Path) -> tuple[Workspace, StudyProtocol]:
     """Open the study of a folder, which flows then find by name."""
     from flows.protocol import load_protocol
 
-    os.environ["CONSILIUM_ROOT"] = str(root.resolve())
-    workspace = Workspace()
+    workspace = workspace_at(root)
     return workspace, load_protocol(workspace.study_file)
+
+
+def workspace_at(root: Path) -> Workspace:
+    """Point at a folder, and at the registry that its coordinator's services serve."""
+    from flows.serve import running
+
+    os.environ["CONSILIUM_ROOT"] = str(root.resolve())
+    if "CONSILIUM_TRACKING_URI" not in os.environ and not (root / SITE_FILE).is_file():
+        services = running(root)
+        if services is not None:
+            os.environ["CONSILIUM_TRACKING_URI"] = services.tracking_uri
+    return Workspace()
 
 
 def only_site(workspace: Workspace, site: str | None) -> str:

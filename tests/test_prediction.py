@@ -296,19 +296,22 @@ def test_models_are_named_as_people_name_them(
         assert int(find_version(client, text, "small").version) == found
 
 
-def test_encoders_that_were_changed_beside_the_model_are_refused(
-    trial: Path, tmp_path: Path
-) -> None:
-    root = tmp_path / "trial"
-    shutil.copytree(trial, root)
-    (protocol,) = (trial / "artifacts").rglob("protocol.json")
-    before = protocol.read_text()
+@pytest.mark.border
+@pytest.mark.parametrize(
+    ("name", "old"), [("protocol.json", '"overall survival"'), ("encoders.json", "1")]
+)
+def test_what_was_changed_beside_the_model_is_refused(trial: Path, name: str, old: str) -> None:
+    (file,) = (trial / "artifacts").rglob(name)
+    before = file.read_text()
+    assert old in before
     try:
-        protocol.write_text(before.replace('"overall survival"', '"another endpoint"'))
+        changed = before.replace('"overall survival"', '"another endpoint"')
+        file.write_text(changed if changed != before else before.replace("1", "2", 1))
         with pytest.raises(PredictionRefused, match="found a protocol or encoders beside it"):
-            open_model(Workspace(root=root), "small")
+            open_model(Workspace(root=trial), "small")
     finally:
-        protocol.write_text(before)
+        file.write_text(before)
+    open_model(Workspace(root=trial), "small")
 
 
 def test_a_folder_without_a_registry_is_a_sentence(copied: Path) -> None:
@@ -507,3 +510,20 @@ def test_forgetting_somebody_unknown_removes_nothing(tmp_path: Path) -> None:
     assert forget_patient(tmp_path, "p2") == 0
     assert forget_patient(tmp_path, "p1") == 1
     assert written_predictions(tmp_path) == []
+
+
+@pytest.mark.border
+@pytest.mark.parametrize(
+    "content",
+    [b"patient_id;risk\np1;0,5\n", "patient_id,ort\np1,K\u00f6ln\n".encode("latin-1"),
+     "patient_id\trisk\np1\t0,5\n".encode("utf-16")],
+)  # fmt: skip
+def test_a_table_that_was_saved_anew_in_another_form_is_withdrawn(
+    content: bytes, tmp_path: Path
+) -> None:
+    table = pd.DataFrame({"risk": [0.5]}, index=pd.Index(["p1"], name="patient_id"))
+    target = tmp_path / "predictions" / "risks.csv"
+    write_predictions(table, target, home=tmp_path)
+    target.write_bytes(content)
+    assert forget_patient(tmp_path, "x9") == 0
+    assert forget_patient(tmp_path, "p1") == 1

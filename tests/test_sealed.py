@@ -232,3 +232,37 @@ def test_nothing_of_an_exception_reaches_the_server(
         assert CANARY in (local / "logs" / "consilium.log").read_text()
     else:
         assert leaks
+
+
+@pytest.mark.slow
+@pytest.mark.border
+def test_a_failed_flow_tells_its_server_a_code_and_no_path(tmp_path: Path) -> None:
+    code = """
+from prefect import flow
+from flows.described import Slug, described
+from flows.sealed import SiteError, sealed
+
+@flow(name="fails", persist_result=False)
+@described
+@sealed
+def fails(site: Slug) -> int:
+    raise OSError("/data/anna")
+
+try:
+    fails("site-01")
+except SiteError as error:
+    print(error, type(error.cause).__name__)
+"""
+    home = tmp_path / "prefect"
+    with prefect_server(home) as server:
+        server.wait_ready()
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **client_settings(server.api_url, home)},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    assert done.stdout.strip() == "fails:OSError OSError"
+    told = b"".join(file.read_bytes() for file in home.glob("prefect.db*"))
+    assert b"ended with fails:OSError" in told
+    assert str(tmp_path).encode() not in told
+    assert b"anna" not in told

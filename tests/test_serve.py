@@ -102,24 +102,23 @@ def test_one_folder_is_served_only_once(tmp_path: Path) -> None:
         serve._locked(tmp_path).__enter__()
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        (ServiceSettings(), r"neither study\.toml nor site\.toml"),
-        (ServiceSettings(workers=2), r"neither study\.toml nor site\.toml"),
-    ],
-)
-def test_a_folder_of_nobody_is_not_served(
-    tmp_path: Path, settings: ServiceSettings, sentence: str
-) -> None:
-    with pytest.raises(ServiceError, match=sentence):
-        serve.serve(tmp_path, settings=settings, announce=print)
+def test_a_folder_of_nobody_is_not_served(tmp_path: Path) -> None:
+    with pytest.raises(ServiceError, match=r"neither study\.toml nor site\.toml"):
+        serve.serve(tmp_path, settings=ServiceSettings(), announce=print)
     assert not list(tmp_path.iterdir())
 
 
 def test_several_workers_need_postgresql(tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match="found 2 with SQLite"):
         serve.serve(a_site(tmp_path), settings=ServiceSettings(workers=2), announce=print)
+
+
+def test_a_shared_server_that_is_not_there_is_said_before_anything_starts(tmp_path: Path) -> None:
+    hub = f"http://127.0.0.1:{free_port()}/api"
+    with pytest.raises(ServiceError, match="Prefect server: found no answer"):
+        serve.serve(a_site(tmp_path), settings=ServiceSettings(), hub=hub, announce=print)
+    assert running(tmp_path) is None
+    assert not list((tmp_path / "logs").iterdir())
 
 
 def test_clients_are_told_where_the_server_is_and_how_to_prove_themselves(tmp_path: Path) -> None:
@@ -528,7 +527,7 @@ def test_five_workers_on_postgresql_lose_no_run(tmp_path: Path) -> None:
         assert [x for x in started.said if "ready" in x] == [
             f"worker {at}: pool consilium, ready" for at in range(1, 6)
         ]
-        assert started.services.tracking_uri == started.services.mlflow
+        assert started.services.tracking_uri == f"sqlite:///{root / 'runs/mlflow.db'}"
         wanted = deployed(root, *[1] * 8)
         _until(lambda: set(started.runs().values()) == {"COMPLETED"}, timeout_s=240)
         assert set(started.runs()) == set(wanted)
