@@ -187,7 +187,7 @@ class Reader:
             self._page.evaluate("x => localStorage.setItem('prefect-password', x)", self._auth)
         self._page.goto(address)
         if tab:
-            self._page.get_by_role("button", name=tab, exact=True).last.click()
+            self._page.get_by_text(tab, exact=True).first.click(timeout=60_000)
         for text in seen:
             expect(self._page.locator("body")).to_contain_text(text, timeout=60_000)
         if picture and PICTURES:
@@ -256,7 +256,7 @@ def _flows(party: PartyHere) -> str:
 
 
 def _artifact(party: PartyHere, run: dict[str, Any], key: str) -> str:
-    """Id of something that a run published."""
+    """Id of something that a run published; a run that waited published it again."""
     asked = {"artifacts": {"flow_run_id": {"any_": [run["id"]]}, "key": {"any_": [key]}}}
-    (found,) = party.api.post("/artifacts/filter", asked)
-    return str(found["id"])
+    found = party.api.post("/artifacts/filter", asked)
+    return str(found[-1]["id"])

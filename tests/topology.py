@@ -21,7 +21,7 @@ from tests.postgres import postgres_server
 from tests.test_canary import plant
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from flows.serve import Services
@@ -88,15 +88,9 @@ class PartyHere:
         self.services = found
 
     def stop(self) -> None:
-        """End the services as Ctrl-C does."""
-        if self.process is None or self.process.poll() is not None:
-            return
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        """End the services as a system that shuts down does."""
+        if self.process is not None:
+            end([self.process])
 
     def begin(self, deployment: str, **parameters: Any) -> str:
         """Start a deployment's run, as its page does; give the run's id."""
@@ -149,6 +143,19 @@ class Topology:
     def parties(self) -> list[PartyHere]:
         """Coordinator first."""
         return [self.coordinator, *self.sites.values()]
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask all to end at once, and make those that do not."""
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 40
+    for process in processes:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def until(holds: Callable[[], bool], within_s: float) -> bool:
@@ -269,11 +276,4 @@ def _federation(found: Topology) -> Iterator[None]:
                 )
         yield
     finally:
-        for process in processes:
-            process.send_signal(signal.SIGTERM)
-        for process in processes:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        end([*processes, *(x.process for x in found.parties if x.process is not None)])
