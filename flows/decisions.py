@@ -108,7 +108,7 @@ class Tally:
     outcome
         None while the quorum is not reached.
     counted
-        Those that stand, one per key.
+        Those that stand, one per party.
     faults
         Per position among all decisions, why one does not count.
     """
@@ -201,17 +201,21 @@ def tally(
     deciders: Mapping[str, str],
     policy: PromotionPolicy,
 ) -> Tally:
-    """Count decisions: one valid rejection ends it, approvals of different keys make a quorum."""
+    """Count decisions: one valid rejection ends it, approvals of different parties make a quorum.
+
+    A party that changes its key has two of them for a while, and still one voice.
+    """
     counted: dict[str, Signed] = {}
     faults: dict[int, Fault] = {}
     for at, signed in enumerate(decisions):
         fault = fault_of(signed, request, deciders=deciders, policy=policy)
-        if fault is None and signed.approver in counted:
+        party = deciders.get(signed.approver, "")
+        if fault is None and party in counted:
             fault = "already_decided"
         if fault is not None:
             faults[at] = fault
             continue
-        counted[signed.approver] = signed
+        counted[party] = signed
         if signed.decision == "reject":
             return Tally("reject", tuple(counted.values()), faults)
         if len(counted) >= policy.quorum:

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Final
 from modalities.files import replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     import pandas as pd
 
 FOLDER: Final = "predictions"
@@ -92,13 +90,22 @@ def forget_patient(home: Path, patient_id: str) -> int:
         How many files are gone.
     """
     gone = [board_page(home, patient_id)]
-    gone += [x for x in written_predictions(home) if patient_id in _listed(x)]
+    gone += [x for x in written_predictions(home) if _lists(x, patient_id)]
     return sum(_removed(path) for path in gone)
 
 
-def _listed(path: Path) -> Iterable[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return {row.get("patient_id") or "" for row in csv.DictReader(file)}
+def _lists(path: Path, patient_id: str) -> bool:
+    """Whether a table names a patient; one saved anew in another form counts by its bytes."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file)
+            if "patient_id" in (table.fieldnames or ()):
+                return any(row["patient_id"] == patient_id for row in table)
+    except (UnicodeDecodeError, csv.Error):
+        pass
+    content = path.read_bytes()
+    codings = ("utf-8", "latin-1", "utf-16-le")
+    return any(patient_id.encode(x, errors="replace") in content for x in codings)
 
 
 def _removed(path: Path) -> bool:

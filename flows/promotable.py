@@ -22,6 +22,7 @@ from flows.gates import (
 from flows.mlflow_store import RegistryError, client_of
 from flows.policy import read_policy, rules_of
 from flows.protocol import load_protocol, read_protocol
+from flows.provenance import LINEAGE_FILE, read_provenance
 from flows.registry import model_name
 from flows.report_files import RECORD
 from fusion.federation.consortium import CONSORTIUM_FILE, COORDINATOR, read_consortium
@@ -91,7 +92,8 @@ def open_case(workspace: Workspace, study: str, version: int, *, flow_run: str =
     protocol = protocol_of(workspace, record)
     policy = read_policy()
     champion = aliases.get(CHAMPION)
-    model, fault = model_digest(workspace, name, version)
+    model, signed, fault = model_digest(workspace, name, version)
+    fault = fault or statement_fault(client, found, record, model=signed, root=workspace.root)
     other = champion if champion != version else _champion_before(found)
     given = GateInput(
         record=record,
@@ -264,18 +266,55 @@ def approvals_of_sites(root: Path, record: Mapping[str, Any]) -> Quorum | None:
     return Quorum(len(sites), consortium.quorum)
 
 
-def model_digest(workspace: Workspace, name: str, version: int) -> tuple[str, str]:
-    """Digest of a version's files, and why its signature does not stand (empty where it does)."""
+def model_digest(workspace: Workspace, name: str, version: int) -> tuple[str, str, str]:
+    """Digest of a version's files, of what is signed, and why that does not stand (else empty)."""
     from flows.model_signing import ModelNotTrusted, fetch_model, trusted_keys, verify_model
 
     with TemporaryDirectory() as copy:
         folder = fetch_model(f"models:/{name}/{version}", workspace, into=Path(copy))
-        fault = ""
+        signed = fault = ""
         try:
-            verify_model(folder, trusted_keys(workspace.root))
+            signed = digest(verify_model(folder, trusted_keys(workspace.root)).text())
         except ModelNotTrusted as error:
             fault = str(error)
-        return folder_digest(folder), fault
+        return folder_digest(folder), signed, fault
+
+
+def statement_fault(
+    client: MlflowClient, found: ModelVersion, record: Mapping[str, Any], *, model: str, root: Path
+) -> str:
+    """Say why the coordinator's statement does not speak for a record and a model, else nothing.
+
+    Whoever may write to the registry can put better figures, or another run's signed model, there.
+
+    Parameters
+    ----------
+    model
+        Digest of what the model's signature is over.
+    """
+    from mlflow.exceptions import MlflowException
+
+    from flows.model_signing import trusted_keys
+
+    with TemporaryDirectory() as folder:
+        try:
+            kept, path = (
+                Path(client.download_artifacts(found.run_id, x, folder))
+                for x in (RECORD, LINEAGE_FILE)
+            )
+            said = read_provenance(path)
+            same = fingerprint(json.loads(kept.read_bytes())) == fingerprint(record)
+            written = digest_path(kept)
+        except (MlflowException, OSError, ValueError):
+            return f"{LINEAGE_FILE}: found none that can be read, needed the signed one of the run"
+    if not said.is_signed() or said.signed_by not in trusted_keys(root):
+        return f"{LINEAGE_FILE}: found no signature of the coordinator, needed one over its text"
+    made = (model_name(said.study), said.run, said.model)
+    if made != (found.name, record.get("run"), model):
+        return f"model: found one that is not of this run, needed that of its {LINEAGE_FILE}"
+    if not same or said.artifacts.get(RECORD) != written:
+        return f"{RECORD}: found it changed, needed it as it was signed; restore it from a backup"
+    return ""
 
 
 def folder_digest(folder: Path) -> str:

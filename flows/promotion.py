@@ -54,7 +54,7 @@ from flows.promotable import (
     open_case,
 )
 from flows.registry import model_name
-from flows.sealed import log_to, sealed
+from flows.sealed import SiteError, log_to, note, sealed
 from fusion.audit import LOG_FILE, AuditLog
 from fusion.federation.consortium import COORDINATOR
 from fusion.keys import canonical_json, digest
@@ -115,6 +115,10 @@ def promote(study: Slug, version: int) -> State[Any]:
     write_request(workspace.root, request, table)
     found = settle(request, workspace, ask=_ask)
     finish(workspace, case, request, found)
+    try:
+        renew_dossier(workspace, case)
+    except SiteError as error:  # the decision stands; `consilium dossier` writes it again
+        note(error.cause)
     return Completed(name="Promoted" if found.outcome == "approve" else "Rejected")
 
 
@@ -223,7 +227,13 @@ def finish(workspace: Workspace, case: Case, request: Request, found: Tally) -> 
         gates=request.gates,
         by=[signed.approver for signed in found.counted],
     )
-    refresh_dossier(workspace, case.study, case.version)  # who decided is part of it
+
+
+@task(name="renew-dossier", cache_policy=NO_CACHE, persist_result=False)
+@sealed
+def renew_dossier(workspace: Workspace, case: Case) -> None:
+    """Write who decided into the version's dossier."""
+    refresh_dossier(workspace, case.study, case.version)
 
 
 def approve_version(client: MlflowClient, case: Case, found: Tally, *, flow_run: str) -> None:

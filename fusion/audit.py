@@ -357,7 +357,8 @@ def verify_log(
     A party that rewrites its own log from some entry on signs every line of it anew; only what
     others saw tells, and only from the first entry that one of them saw. A last line without its
     end was never answered for and counts as absent. What came before a change of keys is vouched
-    for by the entry of that change: if that one was edited, the first of them is named.
+    for by the entry of that change: if that one was edited, the first of them is named. A change
+    counts once the new key has signed an entry after it.
     """
     lines = _whole_lines(path)
     keys = _signers(lines, public)
@@ -447,9 +448,10 @@ def _whole_lines(path: Path) -> list[bytes]:
 
 def _signers(lines: Sequence[bytes], public: str) -> list[str]:
     """Key of each line: the party's own, and up to a change of keys the one that it names."""
-    found = []
+    found: list[str] = []
     for line in reversed(lines):
-        public = _key_before(line, public)
+        # A change counts by what the new key signed after it: anyone can write that it got a log.
+        public = _key_before(line, public) if found else public
         found.append(public)
     return found[::-1]
 

@@ -173,6 +173,10 @@ def verify(backup: Path) -> None:
     faults = {
         "is missing": sorted(known.keys() - present),
         "was added": sorted(present - known.keys()),
+        # Copying would follow it, out of the backup.
+        "is a link": sorted(
+            p.relative_to(backup).as_posix() for p in backup.rglob("*") if p.is_symlink()
+        ),
         "was changed": [
             n for n in sorted(known) if n in present and _digest(backup / n) != known[n]
         ],

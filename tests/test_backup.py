@@ -158,6 +158,16 @@ def test_a_backup_that_is_not_as_it_was_made_is_not_restored(
     assert not (tmp_path / "again").exists()
 
 
+def test_a_link_in_a_backup_is_not_followed(party: Path, tmp_path: Path) -> None:
+    backup = back_up(party, tmp_path / "backups")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_text("of somebody else")
+    (backup / "files" / "kits").symlink_to(tmp_path / "outside")
+    with pytest.raises(BackupError, match="is a link: files/kits"):
+        restore(backup, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 def test_a_folder_that_holds_anything_is_not_written_to(party: Path, tmp_path: Path) -> None:
     backup = back_up(party, tmp_path / "backups")
     with pytest.raises(BackupError, match="needed an empty one"):

@@ -120,6 +120,19 @@ def test_a_file_that_was_added_is_refused(copy: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "target").exists()
 
 
+@pytest.mark.parametrize("name", ["sources/flows/other.py", "sources/flows/cli.py"])
+def test_a_link_is_refused(copy: Path, tmp_path: Path, name: str) -> None:
+    """What it leads to is not of the bundle, and may be another thing after the check."""
+    elsewhere, link = tmp_path / "elsewhere.py", copy / name
+    elsewhere.write_bytes(link.read_bytes() if link.exists() else b"")
+    link.unlink(missing_ok=True)
+    link.symlink_to(elsewhere)
+    done = install(copy, tmp_path / "target")
+    assert done.returncode == 2
+    assert f"no plain file: {name}" in done.stderr
+    assert not (tmp_path / "target").exists()
+
+
 def test_a_wheel_with_new_sums_but_old_pins_is_refused(copy: Path, tmp_path: Path) -> None:
     wheel = copy / "wheels" / "dummy-1.2-py3-none-any.whl"
     write_wheel(wheel.parent, "dummy", "1.2", {"METADATA": METADATA, "dummy.py": "bad = 1\n"})

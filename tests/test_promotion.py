@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -31,11 +32,13 @@ from flows.decisions import (
 )
 from flows.gates import GateInput, all_gates, cohorts_of
 from flows.identity import identity
-from flows.mlflow_store import client_of
+from flows.mlflow_store import artifacts_below, client_of, model_id_of
 from flows.monitoring import evaluation_metrics, to_markdown
 from flows.policy import MonitoringPolicy, PromotionPolicy
 from flows.promotable import CHALLENGER, CHAMPION, Case, aliases_of
 from flows.record_values import record_values
+from flows.registry import track_study
+from flows.report_files import write_report
 from fusion.audit import LOG_FILE, read_entries
 from fusion.federation import InProcess, SiteStudy, run_federation, summarise
 from fusion.federation.consortium import COORDINATOR, Consortium
@@ -55,6 +58,7 @@ REQUEST = Request("lung", 1, "a" * 64, "b" * 64, "c" * 64, RUN)
 BOARD, SITE, STRANGER = (SigningKey(bytes([i]) * 32) for i in (1, 2, 3))
 DECIDERS = {BOARD.public: "board", SITE.public: "site-01"}
 RECORD_GATES, FINISH = promotion.record_gates.fn, promotion.finish.fn
+RENEW = promotion.renew_dossier.fn
 POLICY = PromotionPolicy(quorum=1, reasons=("data_quality", "other"))
 
 
@@ -85,6 +89,13 @@ def test_a_quorum_is_of_different_keys_and_one_rejection_ends_it() -> None:
     assert counted(approval(), approval(), quorum=2).faults == {1: "already_decided"}
     assert counted(approval(), approval(SITE), quorum=2).outcome == "approve"
     assert counted(approval(), rejection(SITE), quorum=2).outcome == "reject"
+
+
+def test_two_keys_of_one_party_are_one_voice() -> None:
+    policy = POLICY.model_copy(update={"quorum": 2})
+    deciders = dict.fromkeys((BOARD.public, SITE.public), COORDINATOR)
+    found = tally(REQUEST, [approval(), approval(SITE)], deciders=deciders, policy=policy)
+    assert (found.outcome, found.faults) == (None, {1: "already_decided"})
 
 
 @pytest.mark.parametrize(
@@ -237,6 +248,8 @@ def played(
     monkeypatch.setattr(promotion, "open_version", lambda *given: case)
     monkeypatch.setattr(promotion, "record_gates", RECORD_GATES)
     monkeypatch.setattr(promotion, "finish", FINISH)
+    # No report was written here: the decision must stand without its dossier.
+    monkeypatch.setattr(promotion, "renew_dossier", RENEW)
     monkeypatch.setattr(promotion, "_ask", ask)
     return promotion.promote.fn("lung", case.version), said
 
@@ -349,6 +362,41 @@ def test_what_another_promotion_decided_stands(
     found: Any = SimpleNamespace(name="lung-fusion", version="3", tags=tags)
     with pytest.raises(PromotionRefused, match=sentence):
         promotable._refuse_decided(found, aliases)
+
+
+def signature_gate(workspace: Workspace, version: int) -> str:
+    return promotable.open_case(workspace, "lung-os", version).given.signature_fault
+
+
+@pytest.mark.border
+@pytest.mark.slow
+def test_the_registry_alone_cannot_make_a_version_look_better(tmp_path: Path) -> None:
+    """Whoever may write to MLflow can change a run's record, and put another signed model there."""
+    workspace, made = Workspace(root=tmp_path), datetime(2026, 11, 2, tzinfo=UTC)
+    runs = [dataclasses.replace(full_record(), run=letter * 64) for letter in "ab"]
+    for number, run in enumerate(runs, start=1):
+        found = track_study(
+            run,
+            tracking_uri=workspace.mlflow_uri,
+            artifact_root=tmp_path / "artifacts",
+            report=write_report(run, tmp_path / "runs" / run.run[:12], created=made),
+            key=identity(tmp_path / COORDINATOR),
+        )
+        assert found.version == number
+        assert signature_gate(workspace, number) == ""
+    client = client_of(workspace.mlflow_uri)
+    first, second = (client.get_model_version("lung-os-fusion", str(x)) for x in (1, 2))
+    models = [artifacts_below(tmp_path, "models", model_id_of(x)) for x in (first, second)]
+    (record,) = tmp_path.glob(f"artifacts/*/{first.run_id}/artifacts/record.json")
+    values = json.loads(record.read_text())
+    values["totals"]["n_test_events"] += 100
+    record.write_text(json.dumps(values))
+    assert "record.json: found it changed" in signature_gate(workspace, 1)
+    assert models[0] is not None
+    assert models[1] is not None
+    shutil.rmtree(models[1])
+    shutil.copytree(models[0], models[1])
+    assert "not of this run" in signature_gate(workspace, 2)
 
 
 @pytest.fixture(scope="module")

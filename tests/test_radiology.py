@@ -304,7 +304,9 @@ class TestExactCrop:
     @settings(max_examples=10, deadline=None)
     @given(
         shift_mm=st.tuples(*[st.floats(-400, 400)] * 3),
-        spacing_mm=st.sampled_from([None, (2,) * 3]),
+        # From 1 mm to 2 mm, points of the new grid lie half-way between voxels of the mask: which
+        # is nearest is then up to rounding, and with it the library's features.
+        spacing_mm=st.sampled_from([None, (1.93,) * 3]),
     )
     def test_place_in_the_room_does_not_matter(
         self, shift_mm: tuple[float, ...], spacing_mm: tuple[float, float, float] | None

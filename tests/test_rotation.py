@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,15 +14,21 @@ from flows.approvals import Statement, approve, check_approvals
 from flows.federation_cli import federation_app
 from flows.identity import KEY_FILE, NEXT_FILE, former_keys, identity, public_key, rotate
 from flows.site_cli import site_app
-from fusion.audit import LOG_FILE, AuditError, AuditLog, read_entries, verify_log
+from fusion.audit import (
+    KEY_CHANGED,
+    KEY_TAKEN,
+    LOG_FILE,
+    AuditError,
+    AuditLog,
+    read_entries,
+    verify_log,
+)
 from fusion.federation.consortium import COORDINATOR, Consortium, read_consortium
-from fusion.keys import KeyFault
+from fusion.keys import KeyFault, SigningKey
 from infra.provision import Keys, ProvisionError, consortium_bytes, rekey, revoke
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from fusion.keys import SigningKey
 
 pytestmark = pytest.mark.border
 
@@ -122,6 +128,24 @@ def test_the_new_key_cannot_write_what_came_before_it(home: Path) -> None:
     assert fault is not None
 
 
+@pytest.mark.parametrize("stolen", ["nobody's", "former"])
+def test_a_log_that_only_says_it_was_handed_over_is_not_the_partys(
+    home: Path, tmp_path: Path, stolen: str
+) -> None:
+    """Whoever has any other key can write a log that ends with a change to the party's own."""
+    former = identity(home)
+    rotate(home, party="site-a")
+    key = SigningKey.generate() if stolen == "nobody's" else former
+    forged = tmp_path / "forged.jsonl"
+    log = AuditLog(forged, party="site-a", key=key)
+    log.append("fitted")
+    log.append(KEY_CHANGED, old=key.public, new=identity(home).public)
+    log.close()
+    fault = verify_log(forged, public=identity(home).public)
+    assert fault is not None
+    assert fault.fault == "edited"
+
+
 def test_a_party_that_runs_on_with_the_old_key_cannot_add(home: Path) -> None:
     running = log_of(home)
     running.append("one")
@@ -158,12 +182,25 @@ def test_a_change_that_was_cut_off_goes_on(
     assert verify_log(home / LOG_FILE, public=done.new) is None
 
 
-def test_a_change_cut_between_its_two_entries_goes_on(home: Path) -> None:
+def test_a_change_cut_between_its_two_entries_goes_on(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(home, "one")
-    rotate(home, party="site-a")
-    log = home / LOG_FILE
-    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-1]))
-    assert verify_log(log, public=identity(home).public) is None
+    real = AuditLog._write
+
+    def cut(log: AuditLog, kind: str, about: dict[str, Any]) -> None:
+        if kind == KEY_TAKEN:
+            raise KeyboardInterrupt
+        real(log, kind, about)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AuditLog, "_write", cut)
+        with pytest.raises(KeyboardInterrupt):
+            rotate(home, party="site-a")
+    assert [entry.kind for entry in read_entries(home / LOG_FILE)] == ["one", KEY_CHANGED]
+    assert verify_log(home / LOG_FILE, public=identity(home).public) is None
+    done = rotate(home, party="site-a")
+    assert verify_log(home / LOG_FILE, public=done.new) is None
 
 
 class Parties:

@@ -25,6 +25,8 @@ trap '[ $? = 0 ] || rm -rf "$target"' EXIT
 cd "$bundle"
 faulty=$(sha256sum --check --quiet --strict SHA256SUMS 2>&1) \
     || fail "found a file that was changed or is missing: $(head -n 1 <<< "$faulty")"
+strange=$(find . ! -type f ! -type d -printf '%P\n' | head -n 1)
+[ -z "$strange" ] || fail "found what is no plain file: $strange"
 added=$(find . -type f ! -path ./SHA256SUMS -printf '%P\n' | LC_ALL=C sort \
     | LC_ALL=C comm -23 - <(cut -c 67- SHA256SUMS | LC_ALL=C sort))
 [ -z "$added" ] || fail "found a file that is not of the bundle: $(head -n 1 <<< "$added")"
