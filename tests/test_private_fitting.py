@@ -255,13 +255,26 @@ class TestFit:
         assert np.sqrt(np.diag(fit.covariance)).min() > np.abs(expected).min()
         np.testing.assert_allclose(fit.coefficients, expected)
 
-    def test_noise_widens_the_covariance(self) -> None:
-        wide, narrow = (
-            fit_all(schedule(Budget(epsilon=e), [PROTOCOL], steps=4)).covariance for e in (2, 1e4)
-        )
-        assert (np.diag(wide) > np.diag(narrow)).all()
-        np.testing.assert_allclose(wide, wide.T)
-        assert (np.linalg.eigvalsh(wide) > 0).all()
+    def test_noise_widens_the_covariance_by_its_own_variance(self) -> None:
+        def covariance(noise: float) -> np.ndarray:
+            # The same gradients each time: drawn ones would move the estimate, too.
+            fit = PrivateFit(3, ridge=0.1)
+            for _ in range(4):
+                gradient = 300 * (EFFECTS - fit.coefficients)
+                fit.advance(Stepped(gradient, 500.0, 300.0, n_sites=4), noise=noise)
+            fit.finish()
+            return fit.covariance
+
+        # Of four sites, averaged over two steps, through the inverse of curvature and penalty.
+        expected = 4 * 25.0**2 / 2 / (300 + 0.1 * 500) ** 2 * np.eye(3)
+        wide = covariance(25.0) - covariance(1e-9)
+        np.testing.assert_allclose(wide, expected, rtol=1e-9, atol=1e-15)
+
+    def test_covariance_is_one_whatever_the_noise_drawn(self) -> None:
+        for epsilon in (1.5, 3.0, 1e4):
+            found = fit_all(schedule(Budget(epsilon=epsilon), [PROTOCOL], steps=4)).covariance
+            np.testing.assert_allclose(found, found.T)
+            assert (np.linalg.eigvalsh(found) > 0).all()
 
     def test_standard_errors_cover_the_truth_where_inputs_are_independent(self) -> None:
         z = []
