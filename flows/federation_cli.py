@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from infra.provision import COORDINATOR, Keys, ProvisionError, Server, provision, rekey, revoke
+from infra.settings import SITE_FILE, load_site
 
 federation_app = typer.Typer(
     help="Run a study between machines: start-up kits, and the parties' services.",
@@ -23,6 +24,12 @@ KeyFolder = Annotated[
 ]
 
 Kits = Annotated[Path, typer.Option("--kits", help="Folder with the kits.")]
+Kit = Annotated[
+    Path | None,
+    typer.Option(
+        "--kit", help="Start-up kit; by default that of the folder's site, or the coordinator's."
+    ),
+]
 
 
 @federation_app.command("provision")
@@ -67,7 +74,7 @@ def provision_kits(
 
 @federation_app.command()
 def start(
-    kit: Annotated[Path, typer.Option(help="Start-up kit of a site or of the coordinator.")],
+    kit: Kit = None,
     site_home: Annotated[
         Path | None,
         typer.Option(help="Folder with study.toml and the site's files; noted in the kit."),
@@ -77,13 +84,14 @@ def start(
     from flows.certificates import check_certificates
     from flows.parties import run_party
 
-    check_certificates(kit, say=typer.echo)
-    raise typer.Exit(run_party(kit, say=typer.echo, site_home=site_home))
+    own = _own_kit(kit, site_home or Path())
+    check_certificates(own, say=typer.echo)
+    raise typer.Exit(run_party(own, say=typer.echo, site_home=site_home))
 
 
 @federation_app.command("check")
 def check_kit(
-    kit: Annotated[Path, typer.Option(help="Start-up kit of any party.")],
+    kit: Kit = None,
     running: Annotated[
         bool, typer.Option("--running", help="Whether its party runs on this machine, instead.")
     ] = False,
@@ -97,10 +105,10 @@ def check_kit(
     if running:
         from flows.parties import is_running
 
-        found = is_running(kit)
+        found = is_running(_own_kit(kit, Path()))
         typer.echo("running" if found else "not running")
         raise typer.Exit(0 if found else 1)
-    certificates = certificates_of(kit)
+    certificates = certificates_of(_own_kit(kit, Path()))
     for one in certificates:
         typer.echo(one.sentence())
     raise typer.Exit(1 if certificates[0].days_left < WARN_DAYS else 0)
@@ -159,6 +167,14 @@ def revoke_site(
     disable_site(kits / "admin", site)
     changed = revoke(kits, site)
     typer.echo(f"{site}: shut out; give every site the new {changed.name}, to be approved again")
+
+
+def _own_kit(kit: Path | None, root: Path) -> Path:
+    """Kit that is meant: the one named, or that of the party whose folder it is."""
+    if kit is not None:
+        return kit
+    is_site = (root / SITE_FILE).is_file()
+    return root / "kits" / (load_site(root / SITE_FILE).name if is_site else COORDINATOR)
 
 
 def _new_key(party: str, pub: Path | None, root: Path) -> str:

@@ -199,7 +199,9 @@ def load_services(**given: Any) -> ServiceSettings:
 class TimeSettings(BaseSettings):
     """When a party's deployments run, from ``CONSILIUM_*`` variables; ``prefect.yaml`` without."""
 
-    model_config = SettingsConfigDict(env_prefix="CONSILIUM_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="CONSILIUM_", frozen=True, extra="ignore", env_ignore_empty=True
+    )
 
     timezone: str | None = Field(default=None, description="time zone, as Europe/Berlin")
     schedules: dict[str, str] = Field(

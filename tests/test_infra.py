@@ -171,13 +171,26 @@ def test_a_compose_file_is_of_the_schema(path: Path) -> None:
 
 @pytest.mark.parametrize("path", COMPOSE, ids=ids(COMPOSE))
 def test_compose_itself_reads_the_file(path: Path) -> None:
-    program = shutil.which("docker-compose")
-    if program is None:
-        pytest.skip("docker-compose is not installed")
+    read_by_compose(path)
+
+
+def program(name: str) -> str:
+    """Find a second reader of our files, which .ci/run sees to."""
+    found = shutil.which(name)
+    if found is None:
+        assert not os.environ.get("CI"), f"{name} is not installed"
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def read_by_compose(path: Path, **given: str) -> Named:
+    """Let Compose itself put the example's values in, and give what it would start."""
     example = path.with_name(f"{path.stem}.env.example")
-    done = run(program, "--env-file", example, "-f", path, "config", "--quiet")
+    done = run(program("docker-compose"), "--env-file", example, "-f", path, "config", **given)
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
+    found: Named = yaml.safe_load(done.stdout)
+    return found
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=ids(OVERLAYS))
@@ -191,10 +204,7 @@ def test_manifests_are_of_their_schemas(overlay: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=ids(OVERLAYS))
 def test_kustomize_reads_the_manifests_as_we_do(overlay: Path) -> None:
-    program = shutil.which("kubectl")
-    if program is None:
-        pytest.skip("kubectl is not installed")
-    done = run(program, "kustomize", overlay)
+    done = run(program("kubectl"), "kustomize", overlay)
     assert done.returncode == 0, done.stderr
     theirs = {
         (one["kind"], one["metadata"]["name"]): one for one in yaml.safe_load_all(done.stdout)
@@ -357,7 +367,7 @@ def test_a_sites_pod_reaches_names_and_the_coordinator_and_nothing_reaches_it() 
     policies = [one["spec"] for one in site if one["kind"] == "NetworkPolicy"]
     assert not any(policy.get("ingress") for policy in policies)
     rules = [rule for policy in policies for rule in policy.get("egress", [])]
-    assert sorted(port["port"] for rule in rules for port in rule["ports"]) == [53, 53, 8002]
+    assert sorted(port["port"] for rule in rules for port in rule["ports"]) == [53, 53, 443, 8002]
     (outside,) = (to["ipBlock"]["cidr"] for rule in rules for to in rule["to"] if "ipBlock" in to)
     assert outside.endswith("/32")
 
@@ -502,6 +512,49 @@ def test_every_variable_of_ours_is_a_setting(path: Path) -> None:
         for name in re.findall(r"\bCONSILIUM_[A-Z_]+", path.read_text())
     }
     assert used <= known_variables()
+
+
+TIMES = {
+    "CONSILIUM_TIMEZONE": "Europe/Berlin",
+    "CONSILIUM_SCHEDULES": '{"prepare-site": "30 0 * * *"}',
+}
+
+
+def times(monkeypatch: pytest.MonkeyPatch, environment: Named) -> infra.settings.TimeSettings:
+    """Read what `consilium deploy` reads, run in a container of this environment."""
+    with monkeypatch.context() as patched:  # Compose prefers the environment to the file
+        for name in TIMES:
+            patched.setenv(name, environment[name])
+        return infra.settings.load_times()
+
+
+@pytest.mark.parametrize("path", COMPOSE, ids=ids(COMPOSE))
+def test_times_of_the_env_file_reach_deploy(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_is = read_by_compose(path)["services"]["services"]["environment"]
+    assert times(monkeypatch, as_is) == infra.settings.TimeSettings(timezone=None, schedules={})
+    lines = path.with_name(f"{path.stem}.env.example").read_text().splitlines()
+    lines = [line for line in lines if line.partition("=")[0] not in TIMES]
+    lines += [f"{name}='{value}'" for name, value in TIMES.items()]
+    (tmp_path / path.name).write_text(path.read_text())
+    (tmp_path / f"{path.stem}.env.example").write_text("\n".join(lines) + "\n")
+    given = read_by_compose(tmp_path / path.name)["services"]["services"]["environment"]
+    assert times(monkeypatch, given).model_dump() == {
+        "timezone": "Europe/Berlin", "schedules": {"prepare-site": "30 0 * * *"}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=ids(OVERLAYS))
+def test_times_of_the_manifests_reach_deploy(
+    overlay: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (services,) = (
+        one for _, _, one in (x.values for x in kubernetes_containers())
+        if one["name"] == "services" and one["image"].startswith(f"consilium-{overlay.name}:")
+    )  # fmt: skip
+    environment = {one["name"]: one["value"] for one in services["env"]}
+    assert times(monkeypatch, environment).model_dump() == {"timezone": "UTC", "schedules": {}}
 
 
 def commands() -> list[Any]:
