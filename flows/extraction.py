@@ -189,24 +189,50 @@ def plan_modality(
             )
     now = recipe(spec, secret)
     done = features_of(modality, spec, readable, features)
-    waiting = [
-        (row, digest)
-        for row, digest, made in zip(readable, digests, done, strict=True)
+    inputs = list(zip(readable, digests, strict=True))
+    stale = [
+        row
+        for (row, digest), made in zip(inputs, done, strict=True)
         if now.why_stale(made, digest) is not None
     ]
-    whole_file = isinstance(spec, OmicsSpec | TabularSpec)
-    if whole_file and waiting:
-        waiting = list(zip(readable, digests, strict=True))
-    size = max(1, len(waiting)) if whole_file else batch_size
     batches = tuple(
         Batch(modality, i, tuple(r for r, _ in part), tuple(d for _, d in part), now)
-        for i, at in enumerate(range(0, len(waiting), size), start=1)
-        for part in [waiting[at : at + size]]
+        for i, part in enumerate(_shared_out(inputs, stale, spec, size=batch_size), start=1)
     )
     return ModalityWork(
         modality, spec, features, tuple(readable), tuple(digests), batches, tuple(faults), now,
         tuple(done),
     )  # fmt: skip
+
+
+def _shared_out(
+    inputs: Sequence[tuple[ManifestRow, str]],
+    stale: Sequence[ManifestRow],
+    spec: ModalitySpec,
+    *,
+    size: int,
+) -> list[list[tuple[ManifestRow, str]]]:
+    """Share stale inputs out into batches of at most ``size``.
+
+    Of a file with many patients all come along where one is stale, and none is parted from the
+    others: which columns it has, and whether it is at fault as a whole, all its rows decide.
+    """
+    if isinstance(spec, OmicsSpec | TabularSpec):
+        again: dict[Path, list[tuple[ManifestRow, str]]] = {row.path: [] for row in stale}
+        for row, digest in inputs:
+            if row.path in again:
+                again[row.path].append((row, digest))
+        groups = list(again.values())
+    else:
+        waiting = set(stale)
+        groups = [[x] for x in inputs if x[0] in waiting]
+    batches: list[list[tuple[ManifestRow, str]]] = []
+    for group in groups:
+        if batches and len(batches[-1]) + len(group) <= size:
+            batches[-1] += group
+        else:
+            batches.append(group)
+    return batches
 
 
 def one_input_each(
@@ -384,7 +410,7 @@ def _add_rows(table: ad.AnnData, path: Path, spec: ModalitySpec) -> None:
         if before is not None and before.n_obs:
             kept = before[~before.obs_names.isin(table.obs_names)].copy()
             kept.obs = _marked(kept.obs)
-            table = _stack([kept, table]) if table.n_obs else kept
+            table = _stack([table, kept]) if table.n_obs else kept  # what files say now counts
         _write_features(table[np.sort(table.obs_names)].copy() if table.n_obs else table, path)
 
 
@@ -413,7 +439,25 @@ def collect(work: ModalityWork) -> ad.AnnData | None:
         for row, digest in zip(work.rows, work.digests, strict=True)
         if work.recipe.why_stale(made.get(row.patient_id), digest) is None
     ]
-    return table[table.obs_names.isin(current)].copy() if current else None
+    if not current:
+        return None
+    return _as_if_read_at_once(table[table.obs_names.isin(current)].copy(), work)
+
+
+def _as_if_read_at_once(table: ad.AnnData, work: ModalityWork) -> ad.AnnData:
+    """Give a table that rows were added to what one of all its rows would have."""
+    if isinstance(work.spec, TabularSpec) and not work.spec.columns:
+        # Files decide the columns: those of rows that are gone would stay, in an order of history.
+        held = [x for x, empty in zip(table.var_names, _is_empty(table), strict=True) if not empty]
+        table = table[:, sorted(held)].copy()
+    if len({row.path for row in work.rows}) > 1:
+        table.var = table.var[[]]  # how many genes were found is then said of some patients only
+    return table
+
+
+def _is_empty(table: ad.AnnData) -> NDArray[np.bool_]:
+    """(p,) whether nobody has a value."""
+    return np.isnan(np.asarray(table.X)).all(axis=0)
 
 
 def _collect_bags(work: ModalityWork, spec: PathologySpec) -> ad.AnnData | None:

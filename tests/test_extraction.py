@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import numpy as np
@@ -16,12 +16,13 @@ from flows.extraction import Ledger, ModalityWork, collect, extract_batch, plan_
 from flows.extraction_keys import MadeFrom, code_version, recipe
 from flows.protocol import ModalitySpec, read_protocol_text
 from modalities.cohort import Exclusion, ManifestRow, assemble, read_manifest
+from modalities.omics import OmicsSpec
 from modalities.pathology import Bag, PathologySpec, read_bag
 from modalities.synthetic import simulate
 from modalities.tabular import TabularSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 SPECS: dict[str, ModalitySpec] = dict(
@@ -68,12 +69,12 @@ def rows_of(site: Path, name: str) -> list[ManifestRow]:
 
 def plan(
     site: Path, name: str, rows: list[ManifestRow] | None = None, *,
-    size: int = 2, spec: ModalitySpec | None = None,
+    size: int = 2, spec: ModalitySpec | None = None, secret: bytes = SECRET,
 ) -> ModalityWork:  # fmt: skip
     ledger = Ledger(site / "features" / "digests.json")
     work = plan_modality(
         name, spec or SPECS[name], rows_of(site, name) if rows is None else rows,
-        features=site / "features", ledger=ledger, secret=SECRET, batch_size=size,
+        features=site / "features", ledger=ledger, secret=secret, batch_size=size,
     )  # fmt: skip
     ledger.save()
     return work
@@ -142,9 +143,33 @@ def test_a_slice_that_came_is_seen_by_the_ledger(site: Path) -> None:
     assert pending(plan(site, "radiology")) == [row.patient_id]
 
 
-def test_another_spec_does_everything_again(extracted: Path) -> None:
-    spec = SPECS["radiology"].model_copy(update={"bin_width": 10.0})
-    work = plan(extracted, "radiology", spec=spec)
+def test_another_region_of_a_mask_alone_is_done_again(extracted: Path) -> None:
+    rows = rows_of(extracted, "radiology")
+    at = next(i for i, row in enumerate(rows) if str(row.mask_path).endswith(".dcm"))
+    rows[at] = replace(rows[at], roi="GTV*")
+    assert pending(plan(extracted, "radiology", rows)) == [rows[at].patient_id]
+
+
+def fewer_genes() -> dict[str, tuple[str, ...]]:
+    spec = SPECS["omics"]
+    assert isinstance(spec, OmicsSpec)
+    name = next(iter(spec.gene_sets))
+    return dict(spec.gene_sets) | {name: spec.gene_sets[name][1:]}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("pathology", {"stride_px": 200}),
+        ("radiology", {"bin_width": 10.0}),
+        ("omics", {"target_sum": 1e5}),
+        ("omics", {"gene_sets": fewer_genes()}),
+    ],
+)
+def test_another_spec_does_everything_again(
+    extracted: Path, name: str, change: dict[str, Any]
+) -> None:
+    work = plan(extracted, name, spec=SPECS[name].model_copy(update=change))
     assert len(pending(work)) == len(work.rows)
     assert collect(work) is None
 
@@ -306,6 +331,157 @@ def test_tables_in_several_files_are_one_modality(tmp_path: Path) -> None:
     assert list(table.obs_names) == ["p1", "p2"]
 
 
+COUNTS = OmicsSpec(gene_sets={"b": ("G1", "G2"), "a": ("G3", "G4", "G5", "G6")})
+TABLES: dict[str, ModalitySpec] = {
+    "omics": COUNTS,
+    "named": TabularSpec(columns=("hb", "crp")),
+    "unnamed": TabularSpec(),
+}
+A_FILE_EACH = {"one": ("p1",), "two": ("p2",), "three": ("p3",)}
+ONE_FILE = {"all": ("p1", "p2", "p3")}
+
+
+def write_counts(path: Path, patients: Iterable[str]) -> None:
+    rng = [np.random.default_rng(int(x[1:])) for x in patients]
+    genes = [f"G{i}" for i in range(6 if "p4" in patients else 9)]  # another panel
+    counts = np.array([x.integers(200, 900, size=len(genes)) for x in rng], dtype=np.float64)
+    obs, var = pd.DataFrame(index=list(patients)), pd.DataFrame(index=genes)
+    ad.AnnData(counts, obs=obs, var=var).write_h5ad(path)
+
+
+def write_blood(path: Path, patients: Iterable[str], more: str = "") -> None:
+    path.write_text(f"patient_id,hb,crp{more}\n" + "".join(
+        f"{x},{x[1:]}.5,{'' if x == 'p2' else 7}{',3' if more else ''}\n" for x in patients
+    ))  # fmt: skip
+
+
+def tables(site: Path, name: str, files: Mapping[str, Sequence[str]]) -> list[ManifestRow]:
+    """Write files of patients; give their rows of the manifest."""
+    write = write_counts if name == "omics" else write_blood
+    rows = []
+    for stem, patients in files.items():
+        path = site / f"{stem}.{'h5ad' if name == 'omics' else 'csv'}"
+        write(path, patients)
+        rows += [ManifestRow(x, name, path, None, None) for x in patients]
+    return rows
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[str, ...]]]:
+    """Files that an extractor reads, each with the patients that come out of it."""
+    seen: list[tuple[str, tuple[str, ...]]] = []
+
+    def watched(read: Callable[..., Any]) -> Callable[..., Any]:
+        def count(path: Path, *arguments: Any, **options: Any) -> Any:
+            table, faults = read(path, *arguments, **options)
+            seen.append((path.stem, tuple(table.obs_names)))
+            return table, faults
+
+        return count
+
+    for reader in ("extract_counts", "read_table"):
+        monkeypatch.setattr(f"flows.extraction.{reader}", watched(getattr(extraction, reader)))
+    return seen
+
+
+def same_as_read_anew(
+    site: Path, tmp_path: Path, name: str, rows: list[ManifestRow], spec: ModalitySpec
+) -> None:
+    """Compare what a site collects with a full extraction into an empty folder."""
+    tmp_path.mkdir()
+    works = [
+        plan_modality(
+            name, spec, rows, features=at / "features", ledger=Ledger(at / "digests.json"),
+            secret=SECRET, batch_size=size,
+        )
+        for at, size in ((site, 2), (tmp_path / "anew", 2), (tmp_path / "at-once", 99))
+    ]  # fmt: skip
+    assert pending(works[0]) == []
+    found = [collect(work) for work in works if extract(work) == []]
+    assert len(found) == 3
+    for table in found[1:]:
+        assert found[0] is not None
+        assert table is not None
+        assert found[0].uns["spec_fingerprint"] == table.uns["spec_fingerprint"]
+        np.testing.assert_array_equal(found[0].X, table.X)
+        for ours, theirs in ((found[0].obs, table.obs), (found[0].var, table.var)):
+            pd.testing.assert_frame_equal(ours.astype(str), theirs.astype(str))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_one_new_patient_in_a_file_of_their_own_is_one_file(
+    name: str, tmp_path: Path, calls: list[tuple[str, tuple[str, ...]]]
+) -> None:
+    site, spec = tmp_path / "site", TABLES[name]
+    site.mkdir()
+    rows = tables(site, name, A_FILE_EACH)
+    assert [len(b.rows) for b in plan(site, name, rows, spec=spec).pending] == [2, 1]
+    assert extract(plan(site, name, rows, spec=spec)) == []
+    assert [x for x, _ in calls] == list(A_FILE_EACH)
+    calls.clear()
+    rows += tables(site, name, {"four": ("p4",)})
+    work = plan(site, name, rows, spec=spec)
+    assert pending(work) == ["p4"]
+    assert extract(work) == []
+    assert calls == [("four", ("p4",))]
+    same_as_read_anew(site, tmp_path / "other", name, rows, spec)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_one_new_patient_in_a_shared_file_is_that_file_and_no_other(
+    name: str, tmp_path: Path, calls: list[tuple[str, tuple[str, ...]]]
+) -> None:
+    site, spec = tmp_path / "site", TABLES[name]
+    site.mkdir()
+    rows = tables(site, name, ONE_FILE | {"ward": ("p7", "p8")})
+    assert [len(b.rows) for b in plan(site, name, rows, spec=spec).pending] == [3, 2]
+    assert extract(plan(site, name, rows, spec=spec)) == []
+    calls.clear()
+    rows = tables(site, name, {"all": ("p1", "p2", "p3", "p4")}) + rows[3:]
+    touch_later(rows[0].path)
+    work = plan(site, name, rows, spec=spec)
+    assert pending(work) == ["p1", "p2", "p3", "p4"]
+    assert extract(work) == []
+    assert calls == [("all", ("p1", "p2", "p3", "p4"))]
+    same_as_read_anew(site, tmp_path / "other", name, rows, spec)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_row_new_to_the_manifest_reads_the_file_that_has_it(
+    name: str, tmp_path: Path, calls: list[tuple[str, tuple[str, ...]]]
+) -> None:
+    site, spec = tmp_path / "site", TABLES[name]
+    site.mkdir()
+    rows = tables(site, name, ONE_FILE | {"ward": ("p7", "p8")})
+    assert extract(plan(site, name, rows[1:], spec=spec)) == []
+    calls.clear()
+    work = plan(site, name, rows, spec=spec)
+    assert extract(work) == []
+    assert calls == [("all", ("p1", "p2", "p3"))]
+    same_as_read_anew(site, tmp_path / "other", name, rows, spec)
+
+
+def test_columns_that_files_decide_are_those_of_the_files_as_they_are(tmp_path: Path) -> None:
+    site, spec = tmp_path / "site", TabularSpec()
+    site.mkdir()
+    rows = tables(site, "unnamed", {"one": ("p1", "p2"), "two": ("p3",), "three": ("p5",)})
+    write_blood(site / "two.csv", ("p3",), more=",aa")
+    write_blood(site / "three.csv", ("p5",), more=",gone")
+    assert extract(plan(site, "unnamed", rows, spec=spec)) == []
+    table = collect(plan(site, "unnamed", rows, spec=spec))
+    assert table is not None
+    assert list(table.var_names) == ["aa", "crp", "gone", "hb"]
+    write_blood(site / "two.csv", ("p3",))
+    rows = rows[:-1]  # who had the column "gone" left the manifest
+    work = plan(site, "unnamed", rows, spec=spec)
+    assert pending(work) == ["p3"]
+    assert extract(work) == []
+    table = collect(work)
+    assert table is not None
+    assert list(table.var_names) == ["crp", "hb"]
+    same_as_read_anew(site, tmp_path / "other", "unnamed", rows, spec)
+
+
 def test_a_modality_whose_every_input_is_faulty_is_absent(tmp_path: Path) -> None:
     rows = blood(tmp_path, ward={"p1": 1, "p2": 2})
     (tmp_path / "ward.csv").write_text("")
@@ -400,16 +576,35 @@ def test_features_of_before_there_were_keys_are_kept_and_mix_with_new_ones(site:
     assert (keys != "").tolist() == [x == "new" for x in found.obs_names]
 
 
-def test_another_sites_secret_vouches_for_nothing(site: Path) -> None:
-    rows = rows_of(site, "radiology")
-    ledger = Ledger(site / "features" / "digests.json")
-    work = plan_modality(
-        "radiology", SPECS["radiology"], rows, features=site / "features", ledger=ledger,
-        secret=b"the secret of another site", batch_size=2,
-    )  # fmt: skip
-    assert len(pending(work)) == len(rows)
+@pytest.mark.parametrize("name", RAW)
+def test_another_sites_secret_vouches_for_nothing(site: Path, name: str) -> None:
+    rows = rows_of(site, name)
+    work = plan(site, name, secret=b"the secret of another site")
+    assert sorted(pending(work)) == sorted(row.patient_id for row in rows)
     made = {x.source for x in work.made if x is not None}
+    assert made
     assert not any(x.key in made for x in work.made if x is not None)
+    assert collect(work) is None
+    assert extract(work) == []
+    table = collect(work)
+    assert table is not None
+    assert table.n_obs == len(rows)
+    assert len(pending(plan(site, name))) == len(rows)
+
+
+def test_a_table_is_read_again_under_another_spec_secret_or_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = TabularSpec(columns=("hb",))
+    rows = blood(tmp_path, ward={"p1": 1, "p2": 2})
+    assert extract(plan(tmp_path, "blood", rows, spec=spec)) == []
+    assert pending(plan(tmp_path, "blood", rows, spec=spec)) == []
+    other = plan(tmp_path, "blood", rows, spec=TabularSpec(columns=("hb",), patient_id="who"))
+    assert pending(other) == ["p1", "p2"]
+    other = plan(tmp_path, "blood", rows, spec=spec, secret=b"the secret of another site")
+    assert pending(other) == ["p1", "p2"]
+    monkeypatch.setattr("flows.extraction_keys.code_version", lambda _: "e" * 64)
+    assert pending(plan(tmp_path, "blood", rows, spec=spec)) == ["p1", "p2"]
 
 
 def test_a_keyed_table_says_what_else_it_is_made_of(extracted: Path) -> None:
