@@ -29,6 +29,7 @@ from flows.protocol import load_protocol
 from flows.sealed import log_to, may_pass, sealed
 from flows.site_digests import begin_draft, remember, remember_draft
 from flows.site_registry import register_encoders, unregistered
+from flows.site_turns import in_turn
 from flows.skips import is_deployed
 from flows.snapshots import ASSIGNMENTS, COHORT, is_withdrawn, released, snapshot_state
 from infra.settings import SiteSettings, Workspace
@@ -205,6 +206,7 @@ def _assign(settings: SiteSettings, ids: list[str], protocol: StudyProtocol) -> 
 )  # fmt: skip
 @described
 @sealed
+@in_turn
 def prepare_site(study: Slug, site: Slug) -> Prepared:
     """Turn a site's raw inputs into its cohort, doing only what is new.
 
@@ -301,6 +303,7 @@ def register_site_encoders(settings: SiteSettings, protocol: StudyProtocol, coho
 @flow(name="train-encoders", flow_run_name="train-{site}", persist_result=False, log_prints=False)
 @described
 @sealed
+@in_turn
 def train_site(study: Slug, site: Slug) -> dict[str, str]:
     """Train a site's own encoder of every modality; nothing of them leaves the site.
 

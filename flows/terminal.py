@@ -75,13 +75,27 @@ def write_new(path: Path, text: str, *, force: bool, private: bool = False) -> N
 
 @contextmanager
 def serving(root: Path, *, as_json: bool = False) -> Iterator[Run]:
-    """Start Prefect's server before anything slow is imported: it boots while we work."""
+    """Start Prefect's server before anything slow is imported: it boots while we work.
+
+    Where ``consilium serve`` runs for the folder, its server is used: two servers on one database
+    file would lock it for one another, and the run would be on no page.
+    """
     from flows.services import prefect_server
     from flows.summary import Run, Stopwatch
 
     watch = Stopwatch()
+    _join_services(root)
     with prefect_server(root / "prefect") as server:
         yield Run(server, watch, silent if as_json else say)
+
+
+def _join_services(root: Path) -> None:
+    from flows.serve import client_environment, running
+
+    services = None if "PREFECT_API_URL" in os.environ else running(root)
+    if services is not None:
+        chosen = {k: v for k, v in os.environ.items() if k == "CONSILIUM_TRACKING_URI"}
+        os.environ.update(client_environment(services, root) | chosen)
 
 
 def connected(root: Path, run: Run) -> None:
