@@ -20,6 +20,7 @@ from flows.described import Slug, described
 from flows.gates import cohorts_of
 from flows.links import linked
 from flows.mlflow_store import OWNER_TAGS, client_of
+from flows.model_signing import ModelNotTrusted
 from flows.policy import read_policy
 from flows.progress import RoundProgress
 from flows.promotable import (
@@ -28,8 +29,10 @@ from flows.promotable import (
     EVALUATION_TAG,
     aliases_of,
     find,
+    model_digest,
     protocol_of,
     read_record,
+    statement_fault,
 )
 from flows.registry import model_name
 from flows.sealed import log_to, sealed
@@ -50,6 +53,7 @@ LAST_TAG: Final = "consilium.last_evaluation"
 ALARMS_TAG: Final = "consilium.last_evaluation_alarms"
 ON_TAG: Final = "consilium.evaluated_cohorts"
 ALARM: Final = "Alarm"
+_ENCODERS, _NETWORKS = "encoders.json", "networks.json"
 _MISSING: Final = "missing/"
 _NOT_A_KEY: Final = re.compile(r"[^\w\-. :/]")
 
@@ -82,7 +86,7 @@ def evaluate_champion(
     if version is None:
         return Completed(name="Skipped", message="no model is in use")
     champion = find(client, name, version)
-    model = read_registered(client, champion)
+    model = read_registered(workspace, client, champion)
     seen = _seen(champion, model)
     found = check_champion(workspace, model, seen, sites=sites, federation=federation)
     if found is None:
@@ -118,15 +122,42 @@ def check_champion(
             )
 
 
-def read_registered(client: MlflowClient, champion: ModelVersion) -> Registered:
-    """Read a version's model back from its run's artifacts."""
+def read_registered(
+    workspace: Workspace, client: MlflowClient, champion: ModelVersion
+) -> Registered:
+    """Read a version's model back from its run's artifacts, as the coordinator signed them.
+
+    Raises
+    ------
+    flows.model_signing.ModelNotTrusted
+        If the model, or anything of the run that is read, is not what the coordinator signed.
+    flows.decisions.PromotionRefused
+        If the run has no record.
+    """
     record = read_record(client, champion.run_id)
+    parts = {name: _artifact(client, champion, name) for name in (_ENCODERS, _NETWORKS)}
+    _, signed, fault = model_digest(workspace, champion.name, int(champion.version))
+    fault = fault or statement_fault(
+        client, champion, record, model=signed, root=workspace.root, beside=parts
+    )
+    if fault:
+        raise ModelNotTrusted(fault)
+    return registered_model(record, parts[_ENCODERS], parts[_NETWORKS])
+
+
+def _artifact(client: MlflowClient, champion: ModelVersion, name: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
     with TemporaryDirectory() as folder:
-        parts = [
-            json.loads(Path(client.download_artifacts(champion.run_id, x, folder)).read_text())
-            for x in ("encoders.json", "networks.json")
-        ]
-    return registered_model(record, *parts)
+        try:
+            return json.loads(
+                Path(client.download_artifacts(champion.run_id, name, folder)).read_bytes()
+            )
+        except (MlflowException, OSError, ValueError):
+            raise ModelNotTrusted(
+                f"{name}: found none that can be read, needed it as it was signed; restore it "
+                "from a backup"
+            ) from None
 
 
 def _seen(champion: ModelVersion, model: Registered) -> str:

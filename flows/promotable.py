@@ -281,7 +281,13 @@ def model_digest(workspace: Workspace, name: str, version: int) -> tuple[str, st
 
 
 def statement_fault(
-    client: MlflowClient, found: ModelVersion, record: Mapping[str, Any], *, model: str, root: Path
+    client: MlflowClient,
+    found: ModelVersion,
+    record: Mapping[str, Any],
+    *,
+    model: str,
+    root: Path,
+    beside: Mapping[str, Any] | None = None,
 ) -> str:
     """Say why the coordinator's statement does not speak for a record and a model, else nothing.
 
@@ -291,20 +297,26 @@ def statement_fault(
     ----------
     model
         Digest of what the model's signature is over.
+    beside
+        What was read of other artifacts of the run, by name: the statement must speak for it, too.
     """
     from mlflow.exceptions import MlflowException
 
     from flows.model_signing import trusted_keys
 
+    read = {RECORD: record, **(beside or {})}
     with TemporaryDirectory() as folder:
         try:
-            kept, path = (
-                Path(client.download_artifacts(found.run_id, x, folder))
-                for x in (RECORD, LINEAGE_FILE)
+            said = read_provenance(
+                Path(client.download_artifacts(found.run_id, LINEAGE_FILE, folder))
             )
-            said = read_provenance(path)
-            same = fingerprint(json.loads(kept.read_bytes())) == fingerprint(record)
-            written = digest_path(kept)
+            kept = {x: Path(client.download_artifacts(found.run_id, x, folder)) for x in read}
+            changed = [
+                name
+                for name, path in kept.items()
+                if digest_path(path) != said.artifacts.get(name)
+                or fingerprint(json.loads(path.read_bytes())) != fingerprint(read[name])
+            ]
         except (MlflowException, OSError, ValueError):
             return f"{LINEAGE_FILE}: found none that can be read, needed the signed one of the run"
     if not said.is_signed() or said.signed_by not in trusted_keys(root):
@@ -312,8 +324,8 @@ def statement_fault(
     made = (model_name(said.study), said.run, said.model)
     if made != (found.name, record.get("run"), model):
         return f"model: found one that is not of this run, needed that of its {LINEAGE_FILE}"
-    if not same or said.artifacts.get(RECORD) != written:
-        return f"{RECORD}: found it changed, needed it as it was signed; restore it from a backup"
+    for name in changed:
+        return f"{name}: found it changed, needed it as it was signed; restore it from a backup"
     return ""
 
 
