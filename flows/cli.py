@@ -108,6 +108,7 @@ def _sentence(error: Exception) -> str | None:
     from flows.registered_model import PredictionRefused
     from flows.sealed import SiteError
     from flows.services import ServiceError
+    from flows.version_files import ExportRefused
     from fusion.audit import AuditError
     from fusion.federation import BoundsBroken, FederationLost, QuorumNotMet
     from fusion.keys import KeyFault
@@ -123,7 +124,7 @@ def _sentence(error: Exception) -> str | None:
         UnknownEncoder, FederationRefused, FederationLost, PartyFailed, ProvisionError, AuditError,
         BoundsBroken, KeyFault, CertificateExpired, DeploymentError, PredictionRefused,
         DecisionRefused, PolicyError, PromotionRefused, LineageError, ModelNotTrusted,
-        RegistryError,
+        RegistryError, ExportRefused,
     )  # fmt: skip
     if isinstance(error, known):
         return str(error)
@@ -386,6 +387,7 @@ def _register() -> None:
     from flows.extract_cli import extract_app
     from flows.federation_cli import federation_app
     from flows.lineage_cli import lineage_app
+    from flows.model_cli import register as register_model
     from flows.predict_cli import register as register_predict
     from flows.serve_cli import register as register_serve
 
@@ -396,6 +398,7 @@ def _register() -> None:
     register_approve(app)
     register_deploy(app)
     register_dossier(app)
+    register_model(app)
     register_predict(app)
     register_serve(app)
 

@@ -44,7 +44,7 @@ _KEY: Final = re.compile(r"[0-9a-f]{64}")
 _SIGNATURE: Final = re.compile(rf"[0-9a-f]{{{2 * SIGNATURE_BYTES}}}")
 _FIELDS: Final = {"what", "study", "run", "files", "signed_by", "signature"}
 # MLflow notes a name and a version in a model that it fetched from the registry.
-_ADDED_BY_MLFLOW: Final = "registered_model_meta"
+ADDED_BY_MLFLOW: Final = "registered_model_meta"
 _TRUSTED: ContextVar[frozenset[str] | None] = ContextVar("trusted", default=None)
 
 
@@ -117,7 +117,7 @@ def verify_model(folder: Path, trusted: Collection[str]) -> ModelSignature:
             "anew from the coordinator"
         )
     if signed.signed_by not in trusted:
-        raise ModelNotTrusted(_unknown(signed.signed_by, trusted))
+        raise ModelNotTrusted(unknown_signer(signed.signed_by, trusted))
     faults = model_faults(folder, signed)
     for name, state in faults.items():
         raise ModelNotTrusted(
@@ -237,16 +237,37 @@ def load_signed(uri: str, workspace: Workspace) -> PyFuncModel:
     ModelNotTrusted
         If it is altered, unsigned or signed by somebody else.
     """
-    pyfunc = quietly_imported("mlflow.pyfunc")
-    given = os.environ.get(KEYS_VARIABLE)
-    keys = trusted_keys(workspace.root) if given is None else keys_of_environment()
-    with TemporaryDirectory() as copy, tracking_at(workspace.mlflow_uri):
+    with TemporaryDirectory() as copy:
         # A copy of our own, so that nobody changes it between the check and the loading.
         folder = fetch_model(uri, workspace, into=Path(copy))
-        verify_model(folder, keys)
-        with trusting(keys):
-            model: PyFuncModel = pyfunc.load_model(str(folder))
-            return model
+        return load_folder(folder, keys_of(workspace))
+
+
+def load_folder(folder: Path, keys: Collection[str]) -> PyFuncModel:
+    """Load a model from a folder that nobody else writes to, after verifying it.
+
+    Raises
+    ------
+    ModelNotTrusted
+        If it is altered, unsigned or signed by somebody else.
+    """
+    pyfunc = quietly_imported("mlflow.pyfunc")
+    verify_model(folder, keys)
+    with trusting(keys):
+        model: PyFuncModel = pyfunc.load_model(str(folder))
+        return model
+
+
+def keys_of(workspace: Workspace) -> frozenset[str]:
+    """Keys whose models count: of ``CONSILIUM_MODEL_KEYS`` where it is set, or of the folder.
+
+    Raises
+    ------
+    ModelNotTrusted
+        If the variable or a ``consortium.json`` cannot be read.
+    """
+    given = os.environ.get(KEYS_VARIABLE)
+    return trusted_keys(workspace.root) if given is None else keys_of_environment()
 
 
 def fetch_model(uri: str, workspace: Workspace, *, into: Path) -> Path:
@@ -285,15 +306,17 @@ def _digests(folder: Path) -> dict[str, str]:
     return {
         name: "link" if (folder / name).is_symlink() else digest_path(folder / name)
         for name in sorted(names)
-        if name not in (SIGNATURE_FILE, _ADDED_BY_MLFLOW)
+        if name not in (SIGNATURE_FILE, ADDED_BY_MLFLOW)
     }
 
 
-def _unknown(signed_by: str, trusted: Collection[str]) -> str:
+def unknown_signer(signed_by: str, trusted: Collection[str]) -> str:
+    """Say that something was signed by a key that does not count here."""
     if not trusted:
         return (
-            "model: found no key to trust, needed the public key of the study's coordinator; set "
-            f"{_ROOT_VARIABLE} to the study's folder, or {KEYS_VARIABLE} to the key"
+            "model: found no key to trust, needed the public key of the study's coordinator; put "
+            "the start-up kit below kits/ of the study's folder, name that folder in "
+            f"{_ROOT_VARIABLE}, or the key in {KEYS_VARIABLE}"
         )
     return (
         f"model: found it signed by {signed_by[:12]}, needed the study's coordinator "

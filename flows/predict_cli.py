@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Model = Annotated[
     str | None,
     typer.Option(
-        help="NAME, NAME@ALIAS or NAME/VERSION; by default the champion of the folder's study, or "
-        "else the candidate."
+        help="NAME, NAME@ALIAS or NAME/VERSION of the registry, or a .zip file of `consilium model "
+        "export`; by default the champion of the folder's study, or else the candidate."
     ),
 ]
 SiteName = Annotated[str | None, typer.Option("--site", help="Site; if there are several.")]

@@ -174,8 +174,8 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def study(registered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """A copy of it: the registry in the copy still names the first folder's paths."""
-    monkeypatch.delenv("CONSILIUM_MODEL_KEYS", raising=False)
-    monkeypatch.delenv("CONSILIUM_TRACKING_URI", raising=False)
+    for name in ("CONSILIUM_MODEL_KEYS", "CONSILIUM_TRACKING_URI", "CONSILIUM_ROOT"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(registered, tmp_path / "copy")
     return Workspace(root=tmp_path / "copy")

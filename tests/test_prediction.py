@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,8 @@ import pandas as pd
 import pytest
 
 from flows import cli
+from flows.identity import identity, public_key
+from flows.model_signing import ModelNotTrusted, sign_model
 from flows.prediction import (
     NO_ENCODER,
     NO_MODALITY,
@@ -38,11 +42,21 @@ from flows.prediction_files import (
     written_predictions,
 )
 from flows.protocol import load_protocol
-from flows.registered_model import PredictionRefused, StudyModel, find_version, open_model
+from flows.registered_model import (
+    PredictionRefused,
+    StudyModel,
+    export_model,
+    find_version,
+    open_model,
+)
 from flows.scoring import MAX_BODY_BYTES, scoring_app
 from flows.services import HOST, free_port
 from flows.snapshots import COHORT, withdraw
+from flows.version_files import ExportRefused, VersionFiles, exported, write_export
+from fusion.federation.consortium import COORDINATOR
+from fusion.keys import SigningKey
 from infra.settings import STUDY_FILE, Workspace
+from tests.site_folders import at_hospital
 from tests.small_trial import SITES, cohort_of, patients, prepare, run, settings_at
 
 if TYPE_CHECKING:
@@ -460,6 +474,187 @@ def test_the_command_writes_for_the_site_alone(
     )
     assert code == 2
     assert "for a cohort of site-02" in error
+
+
+@pytest.fixture(scope="module")
+def export(trial: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as the coordinator exports it, in a place of its own."""
+    out = tmp_path_factory.mktemp("export") / "small-1.zip"
+    found, written = export_model(Workspace(root=trial), "small", "small-fusion@candidate", out=out)
+    assert (found.title, written) == ("small-fusion version 1", out)
+    return out
+
+
+@pytest.fixture
+def hospital(trial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A site by itself, without any registry, in its working folder."""
+    for name in ("CONSILIUM_TRACKING_URI", "CONSILIUM_MODEL_KEYS"):
+        monkeypatch.delenv(name, raising=False)
+    home = at_hospital(trial, "site-01", tmp_path / "data", study="small")
+    monkeypatch.chdir(home)
+    return home
+
+
+def test_a_site_without_a_registry_scores_by_the_exported_file(
+    model: StudyModel, export: Path, hospital: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    before = {path for path in hospital.rglob("*") if path.is_file()}
+    shutil.copy(export, hospital / "lung.zip")
+    code, said, error = consilium(monkeypatch, capsys, "predict", "--model", "lung.zip")
+    assert (code, error) == (0, "")
+    assert said.startswith("small-fusion version 1: 90 of 90 patients scored")
+    table = pd.read_csv(hospital / "predictions/predictions.csv", index_col=0)
+    by_registry = predict_cohort(
+        Workspace(root=hospital).site("site-01"), model, hospital / COHORT
+    ).table
+    np.testing.assert_allclose(table["log_hazard"], by_registry["log_hazard"], atol=1e-12)
+    assert (table["in_study"] == by_registry["in_study"]).all()
+    patient = str(table.index[0])
+    code, said, error = consilium(monkeypatch, capsys, "board", patient, "--model", "lung.zip")
+    assert (code, error) == (0, "")
+    assert "(candidate)" in board_page(hospital, patient).read_text()
+    made = {path for path in hospital.rglob("*") if path.is_file()} - before
+    assert {path.relative_to(hospital).parts[0] for path in made} == {
+        "lung.zip", "predictions", "board"
+    }  # fmt: skip
+
+
+def test_without_a_registry_or_a_file_a_site_is_told_of_both(
+    hospital: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = consilium(monkeypatch, capsys, "predict", "--model", "small-fusion@candidate")
+    assert code == 2
+    assert "name its server in CONSILIUM_TRACKING_URI, or the file with --model" in error
+    code, _, error = consilium(monkeypatch, capsys, "predict", "--model", "lung.zip")
+    assert (code, error) == (
+        2,
+        "consilium: --model: found no file lung.zip, needed one that `consilium model export` "
+        "wrote\n",
+    )
+    assert not (hospital / "mlflow.db").exists()
+
+
+def test_the_same_version_is_exported_to_the_same_bytes_by_the_coordinator_alone(
+    trial: Path, export: Path, hospital: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    code, said, _ = consilium(monkeypatch, capsys, "model", "export", "--root", str(trial))
+    assert (code, said) == (0, "wrote small-fusion-1.zip: small-fusion version 1 (candidate)\n")
+    assert Path("small-fusion-1.zip").read_bytes() == export.read_bytes()
+    command = ("model", "export", "--root", str(trial))
+    assert "--force replaces it" in consilium(monkeypatch, capsys, *command)[2]
+    assert consilium(monkeypatch, capsys, *command, "--force")[0] == 0
+    assert "ends in .zip" in consilium(monkeypatch, capsys, *command, "--out", "model")[2]
+    assert str(trial).encode() not in b"".join(archive_of(export).values())
+    code, _, error = consilium(monkeypatch, capsys, "model", "export", "small-fusion-1.zip")
+    assert code == 2
+    assert "found no key of the coordinator in this folder" in error
+
+
+def archive_of(export: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(export) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def zipped(files: dict[str, bytes], path: Path) -> str:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return str(path)
+
+
+def a_bit_flipped(content: bytes) -> bytes:
+    at = len(content) // 2
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.border
+def test_one_changed_byte_of_any_exported_file_is_refused(export: Path, hospital: Path) -> None:
+    workspace, whole = Workspace(root=hospital), archive_of(export)
+    open_model(workspace, "small", zipped(whole, hospital / "again.zip"))
+    assert {"version.json", "run/protocol.json", "model/artifacts/fusion.json"} <= set(whole)
+    for name, content in whole.items():
+        harmed = {**whole, name: a_bit_flipped(content)}
+        with pytest.raises((ExportRefused, ModelNotTrusted, PredictionRefused), match="found"):
+            open_model(workspace, "small", zipped(harmed, hospital / "harmed.zip"))
+
+
+@pytest.mark.border
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model/signature.json": None}, "no whole export"),
+        ({"run/lineage.json": None}, "no whole export"),
+        ({"run/more.json": b"{}"}, "no whole export"),
+        ({"model/more.py": b"raise SystemExit"}, "more.py added"),
+        ({"model/../../escaped.py": b""}, "no whole export"),
+        ({"/escaped.py": b""}, "no whole export"),
+        ({"model/registered_model_meta": b"{}"}, "no whole export"),
+        ({"version.json": b"[]"}, "no whole export"),
+        ({"version.json": b"{}"}, "no whole export"),
+    ],
+)
+def test_files_added_to_or_missing_from_an_export_are_refused(
+    export: Path, hospital: Path, changes: dict[str, bytes | None], told: str
+) -> None:
+    files: dict[str, bytes | None] = {**archive_of(export), **changes}
+    kept = {name: content for name, content in files.items() if content is not None}
+    path = zipped(kept, hospital / "harmed.zip")
+    with pytest.raises((ExportRefused, ModelNotTrusted), match=told):
+        open_model(Workspace(root=hospital), "small", path)
+    assert not list(hospital.parent.rglob("escaped.py"))
+
+
+@pytest.mark.border
+def test_an_export_of_half_a_file_or_of_nothing_is_refused(export: Path, hospital: Path) -> None:
+    for content in (export.read_bytes()[:-200], b"", b"PK\x05\x06" + bytes(18)):
+        (hospital / "harmed.zip").write_bytes(content)
+        with pytest.raises(ExportRefused, match="no whole export"):
+            open_model(Workspace(root=hospital), "small", str(hospital / "harmed.zip"))
+
+
+@pytest.mark.border
+def test_an_export_of_another_coordinator_or_study_is_refused(
+    trial: Path, export: Path, hospital: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(PredictionRefused, match="small-fusion of study small, needed one of other"):
+        open_model(Workspace(root=hospital), "other", str(export))
+    stranger = SigningKey(b"s" * 32)
+    kit = hospital / "kits/site-01/consortium.json"
+    mine = kit.read_bytes()
+    own = public_key(trial / COORDINATOR)
+    assert own is not None
+    kit.write_bytes(mine.replace(own.encode(), stranger.public.encode()))
+    with pytest.raises(ExportRefused, match=f"signed by {own[:12]}, needed the study's coord"):
+        open_model(Workspace(root=hospital), "small", str(export))
+    kit.unlink()
+    with pytest.raises(ExportRefused, match=r"found no key to trust.*start-up kit below kits/"):
+        open_model(Workspace(root=hospital), "small", str(export))
+    kit.write_bytes(mine)
+    # A stranger may sign the label anew, but not what it is the label of.
+    found, _ = unpacked(export, {own}, tmp_path / "theirs")
+    write_export(replace(found, version=2), tmp_path / "theirs.zip", stranger)
+    with pytest.raises(ExportRefused, match=f"signed by {stranger.public[:12]}"):
+        open_model(Workspace(root=hospital), "small", str(tmp_path / "theirs.zip"))
+
+
+@pytest.mark.border
+def test_parts_of_two_runs_are_no_model_though_the_coordinator_signed_both(
+    trial: Path, export: Path, hospital: Path, tmp_path: Path
+) -> None:
+    """Each part is signed; that they belong together is said by the lineage alone."""
+    key = identity(trial / COORDINATOR)
+    found, folder = unpacked(export, {key.public}, tmp_path / "two")
+    sign_model(folder / "model", key, study="small", run="f" * 64)
+    write_export(found, tmp_path / "two.zip", key)
+    with pytest.raises(PredictionRefused, match="that it was not made with"):
+        open_model(Workspace(root=hospital), "small", str(tmp_path / "two.zip"))
+
+
+def unpacked(export: Path, trusted: set[str], into: Path) -> tuple[VersionFiles, Path]:
+    into.mkdir()
+    return exported(export, trusted, into), into
 
 
 def test_a_withdrawn_patient_leaves_no_risk_and_no_page(
