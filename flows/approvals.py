@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from flows.protocol import load_protocol
-from flows.versions import source_digest
+from flows.versions import CODE, source_digest
 from fusion.keys import SIGNATURE_BYTES, canonical_json, verify
 from infra.settings import STUDY_FILE
 from modalities.files import replacing
@@ -93,7 +93,7 @@ def statement_of(protocol: StudyProtocol, consortium: Consortium, *, settings: s
     return Statement(
         study=protocol.study.name,
         protocol=protocol.fingerprint(),
-        code=source_digest("fusion", "modalities", "flows"),
+        code=source_digest(*CODE),
         consortium=consortium.digest(),
         settings=settings,
     )

@@ -8,7 +8,7 @@ from flows.approvals import FOLDER as APPROVALS
 from flows.approvals import read_approvals
 from flows.gate import PRIVACY, own_limits, privacy_ledger, settings_digest
 from flows.serve import running
-from flows.versions import source_digest
+from flows.versions import CODE, source_digest
 from fusion.differential_privacy import LedgerDamaged
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def _changed(own: Approval, settings: SiteSettings, protocol: StudyProtocol) -> 
     limits = settings_digest(own_limits(settings, protocol))
     now = {
         "the study": (signed.protocol, protocol.fingerprint()),
-        "this program": (signed.code, source_digest("fusion", "modalities", "flows")),
+        "this program": (signed.code, source_digest(*CODE)),
         "the site's own limits": (signed.settings, limits),
     }
     return [f"{what} changed since it was signed" for what, (a, b) in now.items() if a != b]

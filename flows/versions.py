@@ -10,7 +10,7 @@ from pathlib import Path
 from modalities.files import digest_path, fingerprint
 
 # Changed code here is a changed result, and one that sites approve anew.
-CODE = ("fusion", "modalities", "flows")
+CODE = ("flows", "fusion", "infra", "modalities")
 _ROOT = Path(__file__).resolve().parent.parent
 
 

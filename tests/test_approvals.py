@@ -26,7 +26,7 @@ from flows.approvals import (
     write_approval,
 )
 from flows.protocol import ProtocolError, load_protocol, read_protocol_text
-from flows.versions import source_digest
+from flows.versions import CODE, source_digest
 from fusion import messages as m
 from fusion.federation.consortium import CONSORTIUM_FILE, Consortium, read_consortium
 from fusion.keys import SigningKey, canonical_json
@@ -299,7 +299,7 @@ def test_who_approves_is_shown_what(study: Path, tmp_path: Path) -> None:
     assert said[:5] == [
         "study: lung-os",
         f"protocol: {protocol.fingerprint()}",
-        f"code: {source_digest('fusion', 'modalities', 'flows')}",
+        f"code: {source_digest(*CODE)}",
         f"settings of this site: {'5' * 64}",
         "sums: secure_sum",
     ]
@@ -333,12 +333,14 @@ def test_a_site_approves_its_consortium_s_study_with_its_key(study: Path, tmp_pa
 def test_changed_code_needs_a_new_approval(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("fusion", "modalities", "flows"):
+    for name in CODE:
         shutil.copytree(versions._ROOT / name, tmp_path / name)
     monkeypatch.setattr(versions, "_ROOT", tmp_path)
     source_digest.cache_clear()
     assert stands(study) is None
-    for name in ("fusion/privacy.py", "modalities/cohort.py", "flows/site.py"):
+    for name in (
+        "fusion/privacy.py", "modalities/cohort.py", "flows/site.py", "infra/settings.py",
+    ):  # fmt: skip
         data = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(data[:-1] + b" ")
         source_digest.cache_clear()

@@ -186,24 +186,6 @@ class AnswerLedger:
         self._last = digest(line)
 
 
-def _lock(descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise LedgerDamaged(
-            "ledger of answers: found another process at it, needed this site's only one"
-        ) from None
-
-
-def _keep_name(path: Path) -> None:
-    """Put the name of a file that may be new on the disk too."""
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _check(last: str, entry: dict[str, str]) -> str:
     return digest(last.encode() + canonical_json(entry))[:_CHECK]
 
