@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from markupsafe import Markup
 
 from flows.dossier_page import Listed, Pairs, Part, Table
+from flows.gates import epsilon_of_run
 from flows.report_words import code_words
 from flows.shown import Shown, missing, pointer
 from fusion.privacy import MinimumCounts
@@ -32,27 +33,37 @@ _MINIMUMS: Final = {
     "intervals": "intervals of the time grid, at most",
 }
 _NOBODY: Final = "no site told"
+_DIGITS: Final = 4
 
 
 def privacy_facts(record: Mapping[str, Any]) -> dict[str, Any]:
     """Give what a run tells of privacy beyond its protocol: budgets spent, verdicts of audits."""
-    protocol, sites = record["protocol"], record["sites"]
+    epsilon = _epsilon_of_run(record)
     return {
-        "sums": _MODES[protocol["federation"]["sums"]],
+        "sums": _MODES[record["protocol"]["federation"]["sums"]],
         "defaults": MinimumCounts().model_dump(),
-        "budgets": [
-            {"site": site["site"], "spent": _spent(protocol, site)} for site in sites
-        ],
+        "budgets": [{"site": x["site"], **_spent(epsilon, x)} for x in record["sites"]],
         "audits": [_audit(record, name) for name in _networks(record)],
-    }  # fmt: skip
+    }
 
 
-def _spent(protocol: Mapping[str, Any], site: Mapping[str, Any]) -> str:
-    if not protocol["differential_privacy"]["epsilon"]:
+def _epsilon_of_run(record: Mapping[str, Any]) -> float | str:
+    """Epsilon of all that the run released of each site that trained, or why there is none."""
+    if not record["protocol"]["differential_privacy"]["epsilon"]:
         return "no budget: sums without noise"
+    try:
+        return round(epsilon_of_run(record), _DIGITS)
+    except ValueError:
+        return "unknown: the releases of this run cannot be counted from its protocol"
+
+
+def _spent(epsilon: float | str, site: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(epsilon, str):
+        return {"spent": epsilon}
     if not site["trains"]:
-        return "nothing: it trained nothing"
-    return "up to"
+        return {"spent": "nothing: it trained nothing"}
+    words = "at most: it left before the end" if site["code"] else "over all releases"
+    return {"spent": words, "epsilon": epsilon}
 
 
 def _networks(record: Mapping[str, Any]) -> list[str]:
@@ -253,13 +264,13 @@ def _budgets_table(shown: Shown) -> Table:
     for i, one in enumerate(shown.get("/dossier/privacy/budgets")):
         at = pointer("dossier", "privacy", "budgets", i)
         spent = shown.text(f"{at}/spent")
-        if one["spent"] == "up to":
-            epsilon = shown.number("/protocol/differential_privacy/epsilon", "g")
-            spent = Markup("{} {}").format(spent, epsilon)
+        if "epsilon" in one:
+            spent = Markup("{} {}").format(shown.number(f"{at}/epsilon", ".3f"), spent)
         rows.append((shown.text(f"{at}/site"), spent))
     return Table(
         "Epsilon spent in this run", ("Site", "Spent"), tuple(rows),
-        "As the coordinator knows it; what a site spent over all studies is in its own ledger.",
+        "Computed from every noisy sum that the run released, as the gate of the privacy budget "
+        "does; what a site spent over all studies is in its own ledger.",
     )  # fmt: skip
 
 

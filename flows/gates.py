@@ -370,7 +370,7 @@ def _privacy_budget(given: GateInput) -> GateResult:
         return GateResult(name, passed=None, found="none", needed="none", sentence=sentence)
     needed = f"at most epsilon {epsilon:g}"
     try:
-        spent = _spent(given.record)
+        spent = epsilon_of_run(given.record)
     except ValueError:
         return _missing(name, "privacy budget", needed)
     return GateResult(
@@ -383,8 +383,14 @@ def _privacy_budget(given: GateInput) -> GateResult:
     )
 
 
-def _spent(record: Mapping[str, Any]) -> float:
-    """Epsilon of everything that a run of this protocol releases of a site's training rows."""
+def epsilon_of_run(record: Mapping[str, Any]) -> float:
+    """Epsilon of everything that a run of this protocol releases of a site's training rows.
+
+    Raises
+    ------
+    ValueError
+        If the record's protocol cannot be read, or has no such releases.
+    """
     from fusion.differential_privacy import epsilon_spent
     from fusion.federation.private_fitting import schedule
 

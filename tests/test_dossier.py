@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -32,6 +33,7 @@ from flows.dossier_check import check_dossier, dossier_warnings, history_faults
 from flows.dossier_claim import CLAIM, STATED_CLAIM, STATED_TRIPOD
 from flows.dossier_facts import Surroundings, facts_of, shown_record
 from flows.dossier_history import approvals_of_study, decision_in_words, gates_in_words
+from flows.gates import epsilon_of_run
 from flows.memory import fit_in_memory, read_workspace
 from flows.mlflow_store import client_of
 from flows.protocol import NOT_STATED, GovernanceSection
@@ -42,6 +44,7 @@ from flows.report_checklist import CHECKLIST
 from flows.shown import resolve
 from fusion.federation import summarise
 from fusion.federation.consortium import Consortium
+from fusion.federation.private_fitting import Schedule, schedule
 from fusion.keys import SigningKey
 from infra.settings import Workspace
 from modalities.cohort import DataError
@@ -406,32 +409,108 @@ def test_no_more_is_hidden_than_needed_in_small_tables() -> None:
     assert all(len(x) == 2 for x in combinations(found.totals, 2))
 
 
-def private_record() -> Values:
-    """Give a record of noisy sums with a network whose weights left sites."""
+def patients_record() -> Values:
+    """Give a record of patients' data whose sums no single site's coordinator sees."""
     values = record_values(full_record(), created=CREATED)
     values = copy.deepcopy(json.loads(json.dumps(values)))
     values["protocol"]["study"]["data"] = "patients"
     values["protocol"]["governance"] = SAID
-    values["protocol"]["differential_privacy"]["epsilon"] = 3.0
     values["protocol"]["federation"]["sums"] = "secure_sum"
-    values["protocol"]["encoder"]["pathology"]["sharing"] = "weights"
+    values["protocol"]["evaluation"]["leave_one_site_out"] = False
+    values["protocol"]["privacy"]["cell"] = 10
     return values
 
 
-def test_budgets_and_audits_are_told_by_site(tmp_path: Path) -> None:
-    values = private_record()
-    (tmp_path / "record.json").write_text(json.dumps(values))
-    dossier = write_facts(facts_of(values, Surroundings(MADE)), tmp_path / "dossier").parent
+def private_record() -> Values:
+    """Give a record of noisy sums."""
+    values = patients_record()
+    values["protocol"]["differential_privacy"]["epsilon"] = 3.0
+    return values
+
+
+def test_budgets_are_told_by_site(tmp_path: Path) -> None:
+    dossier, _ = spent(private_record(), tmp_path / "run")
     assert check_dossier(dossier) == []
     privacy = (dossier / "privacy.md").read_text()
     assert "epsilon 3, delta 1e−05" in privacy
-    assert "| site-01 | up to 3 |" in privacy
+    assert "| site-01 | 3.000 over all releases |" in privacy
     assert "| site-04 | nothing: it trained nothing |" in privacy
-    assert "| pathology | site-01, site-02 | passed" in privacy
     assert "of at least three sites together" in privacy
+
+
+def test_audits_are_told_by_network(tmp_path: Path) -> None:
+    values = patients_record()  # whose networks' weights leave the sites
+    values["protocol"]["encoder"]["pathology"]["sharing"] = "weights"
+    dossier, _ = spent(values, tmp_path / "run")
+    assert check_dossier(dossier) == []
+    privacy = (dossier / "privacy.md").read_text()
+    assert "| pathology | site-01, site-02 | passed" in privacy
+    assert "| site-01 | no budget: sums without noise |" in privacy
     values["protocol"]["study"]["data"] = "public"
     files = files_of(facts_of(values, Surroundings(MADE)))
     assert "| pathology | none | not asked for" in files["privacy.md"]
+
+
+def spent(values: Values, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Write the dossier of a record; give it, and what it says was spent per site."""
+    folder.mkdir()
+    (folder / "record.json").write_text(json.dumps(values))
+    facts = facts_of(values, Surroundings(MADE))
+    dossier = write_facts(facts, folder / "dossier").parent
+    return dossier, {x["site"]: x.get("epsilon") for x in facts["dossier"]["privacy"]["budgets"]}
+
+
+@pytest.mark.parametrize("epsilon", [0.7, 3.0])
+def test_epsilon_is_that_of_the_run_s_releases_and_says_where_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epsilon: float
+) -> None:
+    values = private_record()
+    values["protocol"]["differential_privacy"]["epsilon"] = epsilon
+    values["sites"][1]["code"] = "below_minimum_events"
+    dossier, found = spent(values, tmp_path / "one")
+    assert found["site-01"] == pytest.approx(epsilon_of_run(values), abs=1e-4)
+    assert found["site-01"] == pytest.approx(epsilon, rel=0.01)
+    assert found["site-04"] is None
+    page = (dossier / PAGE).read_text()
+    keys = [f"/dossier/privacy/budgets/{i}/epsilon" for i in range(5)]
+    assert [key in page for key in keys] == [True, True, True, False, False]
+    assert f'data-key="{keys[0]}">{found["site-01"]:.3f}</data>' in page
+    assert "at most: it left before the end" in (dossier / "privacy.md").read_text()
+    assert check_dossier(dossier) == []
+
+    # Releases that come to more than the protocol's epsilon: what they come to is shown.
+    def with_more_steps(*given: Any) -> Schedule:
+        found = schedule(*given)
+        return dataclasses.replace(found, steps=2 * found.steps)
+
+    monkeypatch.setattr("fusion.federation.private_fitting.schedule", with_more_steps)
+    other, more = spent(values, tmp_path / "other")
+    assert more["site-01"] > 1.2 * epsilon
+    assert f"{more['site-01']:.3f} over all releases" in (other / "privacy.md").read_text()
+
+
+def test_an_epsilon_that_is_not_the_run_s_is_found(tmp_path: Path) -> None:
+    dossier, found = spent(private_record(), tmp_path / "run")
+
+    def change(facts: Values) -> None:
+        facts["dossier"]["privacy"]["budgets"][0]["epsilon"] = 2.0
+
+    rewritten(dossier, change)
+    assert "| site-01 | 2.000 over all releases |" in (dossier / "privacy.md").read_text()
+    (fault,) = check_dossier(dossier)
+    assert f"/privacy/budgets/0/epsilon: found 2.0, needed {found['site-01']}" in fault
+    text = (dossier / "privacy.md").read_text().replace("2.000 over", "1.000 over")
+    (dossier / "privacy.md").write_text(text)
+    assert any(x.startswith("privacy.md: line") for x in check_dossier(dossier))
+
+
+def test_releases_that_cannot_be_counted_are_said_to_be_unknown(tmp_path: Path) -> None:
+    values = private_record()
+    values["protocol"]["evaluation"]["leave_one_site_out"] = True  # which such a study may not ask
+    dossier, found = spent(values, tmp_path / "run")
+    assert set(found.values()) == {None}
+    assert "| site-01 | unknown: the releases" in (dossier / "privacy.md").read_text()
+    assert check_dossier(dossier) == []
 
 
 @pytest.mark.parametrize(

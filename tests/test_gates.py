@@ -6,10 +6,13 @@ import json
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import brentq
+from scipy.stats import norm
 
 from flows.gates import (
     Champion,
@@ -20,6 +23,7 @@ from flows.gates import (
     all_gates,
     all_pass,
     difference,
+    epsilon_of_run,
     failed,
     figure,
     gates_digest,
@@ -28,6 +32,7 @@ from flows.gates import (
 from flows.policy import POLICY_FILE, PolicyError, read_policy, rules_of
 from flows.protocol import GateSection
 from flows.record_values import record_values
+from fusion.federation.private_fitting import schedule
 from tests.simulated_record import bare_record, full_record, study_protocol
 
 if TYPE_CHECKING:
@@ -227,6 +232,24 @@ def test_a_run_s_releases_spend_its_budget_and_no_more() -> None:
     found = of("privacy_budget", record | {"protocol": protocol.values()})
     assert found.passed
     assert found.found == pytest.approx(3.0, rel=0.02)
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 3.0])
+def test_what_a_run_spends_is_that_of_all_its_releases_together(epsilon: float) -> None:
+    """Precisions of Gaussian releases add; Balle and Wang (2018), theorem 8, gives the rest."""
+    protocol = study_protocol(differential_privacy={"epsilon": epsilon}, evaluation={})
+    plan = protocol.plan("a" * 64)
+    of = schedule(plan.budget, plan.private_fits)
+    n_steps = of.steps * len(of.fits)
+    noise = (1 / of.opening**2 + n_steps / of.step**2 + 1 / of.baseline**2) ** -0.5
+
+    def too_much(spent: float) -> float:
+        ends = (0.5 / noise - spent * noise, -0.5 / noise - spent * noise)
+        return float(norm.cdf(ends[0]) - np.exp(spent) * norm.cdf(ends[1]) - plan.budget.delta)
+
+    known = brentq(too_much, 0.0, 50.0, xtol=1e-9)
+    record = RECORD | {"protocol": protocol.values()}
+    assert epsilon_of_run(record) == pytest.approx(known, rel=0.01)
 
 
 def test_minimum_counts_are_not_lowered_for_patients_data() -> None:
