@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+pytestmark = pytest.mark.border
+
 SITES = ("site-01", "site-02", "site-03")
 KEYS = {
     name: SigningKey(bytes([at]) * 32)
@@ -95,14 +97,12 @@ def test_a_site_runs_what_it_and_a_quorum_approved() -> None:
     assert refusal([first], statement=own, consortium=alone) is None
 
 
-@pytest.mark.border
 def test_a_site_runs_nothing_without_its_own_approval() -> None:
     assert refusal([]) == "not_approved"
     assert refusal(approved("site-02", "site-03")) == "not_approved"
     assert refusal(approved("site-02", "site-03"), site="site-04") == "not_approved"
 
 
-@pytest.mark.border
 def test_a_site_runs_nothing_without_the_quorum() -> None:
     assert refusal(approved("site-01")) == "not_approved"
     whole = replace(CONSORTIUM, quorum=3)
@@ -111,13 +111,11 @@ def test_a_site_runs_nothing_without_the_quorum() -> None:
     assert refusal(two, statement=own, consortium=whole) == "not_approved"
 
 
-@pytest.mark.border
 def test_two_signatures_of_one_site_count_once() -> None:
     again = approve(replace(OWN, settings="9" * 64), "site-01", KEYS["site-01"])
     assert refusal([*approved("site-01"), *approved("site-01"), again]) == "not_approved"
 
 
-@pytest.mark.border
 def test_a_site_s_own_approval_holds_for_its_own_settings_only() -> None:
     changed = replace(OWN, settings="9" * 64)
     assert refusal(approved(*SITES), statement=changed) == "not_approved"
@@ -125,7 +123,6 @@ def test_a_site_s_own_approval_holds_for_its_own_settings_only() -> None:
     assert refusal(approved(*SITES), site="site-02", statement=OTHERS["site-02"]) is None
 
 
-@pytest.mark.border
 @pytest.mark.parametrize("name", ["study", "protocol", "code", "consortium"])
 def test_an_approval_of_anything_else_counts_for_nothing(name: str) -> None:
     other = replace(OTHERS["site-02"], **{name: "breast-os" if name == "study" else "f" * 64})
@@ -140,7 +137,6 @@ def test_an_approval_of_anything_else_counts_for_nothing(name: str) -> None:
     assert refusal([mine, *approved("site-02", "site-03")], statement=changed) == "not_approved"
 
 
-@pytest.mark.border
 def test_a_signature_by_a_revoked_or_unknown_key_counts_for_nothing() -> None:
     revoked = replace(CONSORTIUM, revoked=(KEYS["site-02"].public,))
     own = replace(OWN, consortium=revoked.digest())
@@ -159,7 +155,6 @@ def test_a_signature_by_a_revoked_or_unknown_key_counts_for_nothing() -> None:
     )
 
 
-@pytest.mark.border
 def test_nobody_signs_for_another_site() -> None:
     forged = approve(OTHERS["site-02"], "site-02", KEYS["site-03"])
     borrowed = replace(approved("site-03")[0], site="site-02")
@@ -235,13 +230,11 @@ def test_the_coordinator_may_bring_the_approvals_of_others() -> None:
     assert answer(introduction("site-01", "site-03"), "site-01", "site-02") is None
 
 
-@pytest.mark.border
 def test_the_coordinator_cannot_bring_a_site_s_own_approval() -> None:
     assert answer(introduction(*SITES)) == "not_approved"
     assert answer(introduction(*SITES), "site-02", "site-03") == "not_approved"
 
 
-@pytest.mark.border
 def test_the_coordinator_cannot_make_up_approvals() -> None:
     fine = introduction("site-02")
     assert answer(fine, "site-01") is None
@@ -329,7 +322,6 @@ def test_a_site_approves_its_consortium_s_study_with_its_key(study: Path, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.border
 def test_changed_code_needs_a_new_approval(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,7 +360,6 @@ WHERE = st.floats(0, 1, exclude_max=True)
 MASKS = st.integers(1, 255)
 
 
-@pytest.mark.border
 @pytest.mark.parametrize("name", FILES)
 @given(at=WHERE, mask=MASKS)
 @settings(max_examples=60, deadline=None)
@@ -384,7 +375,6 @@ def test_one_changed_byte_of_a_signed_file_is_refused(
     assert stands(study) is None
 
 
-@pytest.mark.border
 @given(at=WHERE, mask=MASKS)
 @settings(max_examples=120, deadline=None)
 def test_one_changed_byte_of_the_protocol_is_refused(study: Path, at: float, mask: int) -> None:
@@ -401,7 +391,6 @@ def test_one_changed_byte_of_the_protocol_is_refused(study: Path, at: float, mas
         path.write_text(STUDY)
 
 
-@pytest.mark.border
 @given(name=st.sampled_from(["protocol", "code", "consortium", "settings"]), at=WHERE, mask=MASKS)
 @settings(max_examples=60, deadline=None)
 def test_one_changed_byte_of_a_digest_is_refused(

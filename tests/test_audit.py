@@ -35,6 +35,8 @@ from fusion.keys import SigningKey, canonical_json, digest, verify
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.border
+
 ROOT = Path(__file__).resolve().parents[1]
 KEY, OTHER_KEY = SigningKey(bytes(range(32))), SigningKey(bytes(range(1, 33)))
 N = 6

@@ -19,6 +19,8 @@ from fusion.keys import canonical_json, digest
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.border
+
 CONSORTIUM = Consortium(
     study="lung-os",
     coordinator="c" * 64,

@@ -37,6 +37,8 @@ from tests.consortium import (
 if TYPE_CHECKING:
     from fusion.federation.designs import SiteDesigns
 
+pytestmark = pytest.mark.border
+
 MODALITIES = PLAN.modalities
 
 

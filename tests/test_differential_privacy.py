@@ -30,6 +30,8 @@ from fusion.differential_privacy import (
 )
 from fusion.keys import digest
 
+pytestmark = pytest.mark.border
+
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = arrays(
     np.float64,

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+pytestmark = pytest.mark.border
+
 RUN = "1" * 64
 SITES = ("site-01", "site-02", "site-03")
 KEYS = {

@@ -38,6 +38,8 @@ from tests.simulated_record import bare_record, full_record, study_protocol
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.border
+
 AT = datetime(2026, 11, 2, tzinfo=UTC)
 
 

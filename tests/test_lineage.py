@@ -26,6 +26,8 @@ from fusion.keys import SigningKey
 from infra.settings import Workspace
 from tests.lineages import SITES, cohort_of, prepare, register, write_study
 
+pytestmark = pytest.mark.border
+
 NAME = "lung-os-fusion"
 OTHER = SigningKey(b"o" * 32)
 

@@ -30,6 +30,8 @@ from tests.consortium import (
     studies_of,
 )
 
+pytestmark = pytest.mark.border
+
 SECURE = replace(PLAN, secure_sum=True)
 
 

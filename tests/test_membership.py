@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Rows = NDArray[np.intp]
 
+pytestmark = pytest.mark.border
+
 SMALL = Effort(n_models=16)
 FULL = Effort(n_models=MIN_MODELS)
 LINEAR = EncoderSpec(ridge=0.1)
@@ -72,7 +74,6 @@ def noise_pairs(seed: int, pairs: int = 16, n: int = 30) -> ModelPairs:
     return ModelPairs(values, rng.permuted(np.tile(np.arange(n) < n // 2, (pairs, 1)), axis=1))
 
 
-@pytest.mark.border
 def test_an_overfitted_encoder_fails() -> None:
     values, event, time = table(100, 50)
     fit = encoder_fit(values, event, time, OVERFITTED, n_steps=80, seed=0)
@@ -84,7 +85,6 @@ def test_an_overfitted_encoder_fails() -> None:
     assert not replace(result, n_models=MIN_MODELS).passes
 
 
-@pytest.mark.border
 def test_an_encoder_that_memorised_random_labels_fails() -> None:
     values, event, time = random_labels(100, 50)
     fit = encoder_fit(values, event, time, LINEAR, n_steps=0, seed=0)
@@ -93,7 +93,6 @@ def test_an_encoder_that_memorised_random_labels_fails() -> None:
     assert not result.passes
 
 
-@pytest.mark.border
 def test_random_labels_pass_with_many_patients_per_input_and_fail_with_few() -> None:
     def result(n: int) -> MembershipResult:
         values, event, time = random_labels(n, 6)
@@ -108,7 +107,6 @@ def test_random_labels_pass_with_many_patients_per_input_and_fail_with_few() -> 
     assert not few.passes
 
 
-@pytest.mark.border
 def test_models_that_never_saw_the_patients_are_told_from_nothing() -> None:
     values, event, time = table(120, 10)
     others = table(120, 10, seed=99)
@@ -131,7 +129,6 @@ def test_models_that_never_saw_the_patients_are_told_from_nothing() -> None:
     assert result.passes
 
 
-@pytest.mark.border
 def test_a_ridge_hides_nobody() -> None:
     values, event, time = table(100, 50)
     strong = EncoderSpec(ridge=100.0)

@@ -32,6 +32,8 @@ from tests.simulated import simulate_bags, simulate_survival
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.border
+
 N = 64
 EFFORT = Effort(n_models=8)
 COHORT = "c" * 64
@@ -185,7 +187,6 @@ def test_nothing_to_audit_is_said(
     assert not site.path(MEMBERSHIP).exists()
 
 
-@pytest.mark.border
 def test_weights_leave_after_a_passing_audit_of_this_cohort_protocol_and_model_only(
     site: SiteSettings,
 ) -> None:
@@ -205,7 +206,6 @@ def test_weights_leave_after_a_passing_audit_of_this_cohort_protocol_and_model_o
     assert not may_share_weights(site, study, "blood", key)
 
 
-@pytest.mark.border
 def test_an_audit_of_other_sources_lets_nothing_leave(
     site: SiteSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +215,6 @@ def test_an_audit_of_other_sources_lets_nothing_leave(
     assert not may_share_weights(site, protocol(), "blood", key)
 
 
-@pytest.mark.border
 @pytest.mark.parametrize(
     "edit",
     [
@@ -234,7 +233,6 @@ def test_an_edited_audit_lets_nothing_leave(site: SiteSettings, edit: Any) -> No
     assert read_results(site, study) == {}
 
 
-@pytest.mark.border
 def test_an_audit_copied_from_another_site_lets_nothing_leave(
     site: SiteSettings, tmp_path: Path
 ) -> None:

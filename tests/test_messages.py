@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from fusion import messages as m
 from tests.strategies import KINDS, messages
 
+pytestmark = pytest.mark.border
+
 RUN = "0" * 64
 TO_SITE = {
     m.Introduce, m.Describe, m.AskKey, m.SetKeys, m.AskPrivateSteps,

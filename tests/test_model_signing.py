@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+pytestmark = pytest.mark.border
+
 KEY, OTHER = SigningKey(b"k" * 32), SigningKey(b"o" * 32)
 TRUSTED = [KEY.public]
 

@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from fusion.privacy import MinimumCounts, outweighed, releasable_edges, saturated
 from tests.strategies import Survival, survival
 
+pytestmark = pytest.mark.border
+
 GRID = np.array([10.0, 25.0, 40.0, 60.0])
 
 

@@ -42,6 +42,8 @@ from tests.strategies import Survival, survival
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+pytestmark = pytest.mark.border
+
 EDGES = np.array([250.0, 500.0, 900.0, 1500.0])
 ALMOST_NO_NOISE = Budget(epsilon=1e6, clip_norm=60.0)
 EFFECTS = np.array([0.8, -0.5, 0.3])

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     Words = np.ndarray
 
+pytestmark = pytest.mark.border
+
 SITES = ("a", "b", "c", "d", "e")
 KEYS = {site: SigningKey(bytes([i] * 32)) for i, site in enumerate(SITES)}
 TRUSTED = {site: key.public for site, key in KEYS.items()}

@@ -38,6 +38,8 @@ from tests.consortium import (
 )
 from tests.strategies import messages
 
+pytestmark = pytest.mark.border
+
 N_ARMS = len(PLAN.arms)
 NETWORKED = replace(
     PLAN,

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from fusion.federation.site import SiteStudy
     from infra.settings import SiteSettings
 
+pytestmark = pytest.mark.border
+
 SITES = ("site-01", "site-02", "site-03")
 SITE = SITES[0]
 RUN = "1" * 64
@@ -120,7 +122,6 @@ def test_an_approved_run_is_let_in_described_and_answered(site: Site) -> None:
     assert site.settings.path(ANSWERED).is_file()
 
 
-@pytest.mark.border
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -143,7 +144,6 @@ def test_a_run_of_anything_else_is_turned_away(
     assert not site.settings.path(ANSWERED).exists()
 
 
-@pytest.mark.border
 def test_without_its_quorum_or_its_own_approval_a_site_does_not_run(site: Site) -> None:
     site.consortium = replace(site.consortium, quorum=3)
     assert code(site.gate()(site.introduction("site-02", "site-03"))) == "not_approved"
@@ -154,13 +154,11 @@ def test_without_its_quorum_or_its_own_approval_a_site_does_not_run(site: Site) 
     assert code(site.gate()(site.introduction("site-02", "site-03"))) == "not_approved"
 
 
-@pytest.mark.border
 def test_a_changed_protocol_at_the_site_needs_another_approval(site: Site) -> None:
     part = site.part(protocol(fusion={"ridge": 0.02}))
     assert code(site.gate(part)(site.introduction("site-02"))) == "wrong_protocol"
 
 
-@pytest.mark.border
 def test_another_sites_approval_is_not_its_own(site: Site) -> None:
     path = site.settings.path(FOLDER, f"{SITE}.json")
     statement = read_approvals(path.parent)[0].statement
@@ -168,7 +166,6 @@ def test_another_sites_approval_is_not_its_own(site: Site) -> None:
     assert code(site.gate()(site.introduction("site-02", "site-03"))) == "not_approved"
 
 
-@pytest.mark.border
 def test_limits_that_a_site_changed_are_approved_anew(site: Site) -> None:
     site.settings = site.settings.model_copy(update={"limits": {"cell": 12}})
     assert code(site.gate()(site.introduction("site-02"))) == "not_approved"
@@ -176,7 +173,6 @@ def test_limits_that_a_site_changed_are_approved_anew(site: Site) -> None:
     assert isinstance(site.gate()(site.introduction("site-02")), m.Introduced)
 
 
-@pytest.mark.border
 def test_a_damaged_approval_is_a_code(site: Site) -> None:
     path = site.settings.path(FOLDER, f"{SITE}.json")
     path.write_bytes(path.read_bytes()[:-20])
@@ -184,7 +180,6 @@ def test_a_damaged_approval_is_a_code(site: Site) -> None:
     assert code(site.gate()(site.describe())) == "not_approved"
 
 
-@pytest.mark.border
 def test_a_site_without_a_cohort_says_so_as_a_code(tmp_path: Path) -> None:
     site = site_at(tmp_path, draft=False)
     site.approve()
@@ -193,7 +188,6 @@ def test_a_site_without_a_cohort_says_so_as_a_code(tmp_path: Path) -> None:
     assert code(ask(site.describe())) == "not_approved"
 
 
-@pytest.mark.border
 def test_after_a_withdrawal_a_site_takes_no_part(site: Site) -> None:
     site.gate()(site.introduction("site-02"))
     table = patients(160, 1)
@@ -204,7 +198,6 @@ def test_after_a_withdrawal_a_site_takes_no_part(site: Site) -> None:
     assert code(ask(site.describe())) == "not_approved"
 
 
-@pytest.mark.border
 def test_a_withdrawal_names_the_runs_that_its_gate_let_in(site: Site) -> None:
     for run in ("2" * 64, RUN):
         ask = site.gate()
@@ -213,7 +206,6 @@ def test_a_withdrawal_names_the_runs_that_its_gate_let_in(site: Site) -> None:
     assert withdraw(site.settings, patients(160, 1).index[7]).runs == (RUN, "2" * 64)
 
 
-@pytest.mark.border
 def test_a_run_is_noted_beside_the_snapshot_that_it_reads(site: Site) -> None:
     ask, table = site.gate(), patients(180, 1)
     ask(site.introduction("site-02"))
@@ -222,7 +214,6 @@ def test_a_run_is_noted_beside_the_snapshot_that_it_reads(site: Site) -> None:
     assert withdraw(site.settings, table.index[7]).runs == (RUN,)
 
 
-@pytest.mark.border
 def test_a_restarted_site_remembers_what_it_told(site: Site) -> None:
     def asked(value: float, run: int) -> m.Message:
         part = site.part()
@@ -257,7 +248,6 @@ LIMITS = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.border
 @given(own=LIMITS, asked=LIMITS)
 def test_of_its_own_limits_and_the_studys_those_hold_that_protect_more(
     own: dict[str, int], asked: dict[str, int]
@@ -279,7 +269,6 @@ def test_a_limit_that_there_is_not_is_an_error() -> None:
         own_limits(settings_at_nowhere({"patient": 80}), STUDY)
 
 
-@pytest.mark.border
 def test_the_digest_of_the_settings_tells_every_limit_apart() -> None:
     of = [settings_digest(own_limits(settings_at_nowhere({}), STUDY))]
     for name, value in STUDY.privacy.model_dump().items():
@@ -291,7 +280,6 @@ def test_the_digest_of_the_settings_tells_every_limit_apart() -> None:
     assert len(set(of)) == len(of)
 
 
-@pytest.mark.border
 @pytest.mark.parametrize(
     ("limits", "shown"),
     [
@@ -317,7 +305,6 @@ def test_a_sites_own_limits_hold_in_a_run(
         assert code(ask(m.AskMoments(RUN, 1, ("protocol",)))) == "below_minimum_patients"
 
 
-@pytest.mark.border
 def test_a_sites_own_most_intervals_hold_in_a_run(tmp_path: Path) -> None:
     study = protocol(
         study={
@@ -351,7 +338,6 @@ def test_a_study_is_approved_from_its_folder_with_the_sites_limits(tmp_path: Pat
     assert read_approvals(site.settings.path(FOLDER)) == [approval]
 
 
-@pytest.mark.border
 def test_a_site_from_its_disk_answers_signed_envelopes_only(
     tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
     from flows.protocol import StudyProtocol
 
+pytestmark = pytest.mark.border
+
 K, N = 4, 20
 IDS = tuple(f"patient-{i:03d}" for i in range(N))
 # All of these train, and none has a slide.
