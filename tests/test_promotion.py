@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
     from mlflow import MlflowClient
 
+pytestmark = pytest.mark.border
+
 RUN = "f0e1d2c3-0000-4000-8000-000000000001"
 REQUEST = Request("lung", 1, "a" * 64, "b" * 64, "c" * 64, RUN)
 BOARD, SITE, STRANGER = (SigningKey(bytes([i]) * 32) for i in (1, 2, 3))
