@@ -308,10 +308,8 @@ def _mlflow(
     }
     arguments = [
         *("mlflow", str(port), "--workers", "1"),
-        *(
-            "--default-artifact-root",
-            "mlflow-artifacts:/" if artifacts else str(root / "artifacts"),
-        ),
+        # Whoever reaches this server gets files through it, wherever they lie.
+        *("--default-artifact-root", "mlflow-artifacts:/"),
         *("--artifacts-destination", artifacts or str(root / "artifacts")),
     ]
     with _child(arguments, settings=settings, cwd=log.parent, log=log) as process:
