@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -187,3 +188,52 @@ def test_links_between_our_files_lead_somewhere(name: str) -> None:
     text = (ROOT / name).read_text()
     targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", text)
     assert [t for t in targets if not (ROOT / t).exists()] == []
+
+
+def promises() -> list[list[str]]:
+    """Per row of SECURITY.md's promises which tests it names, as FILE::PATTERN."""
+    table = (ROOT / "SECURITY.md").read_text().partition("| promise | how | tests |")[2]
+    found, file = [], ""
+    for row in re.findall(r"^\|(?! ---).*\|$", table, re.M):
+        found.append([])
+        for named, test in re.findall(r"`(test_\w+\.py)?(?:::([\w*]+))?`", row.split("|")[3]):
+            file = named or file  # a test without a file is of the file before it
+            found[-1].append(f"{file}::{test or '*'}")
+    return found
+
+
+def marks_of_tests(tree: ast.Module) -> dict[str, set[str]]:
+    """Per test of a file its marks, of the file, the class and its own."""
+
+    def marks(nodes: list[ast.expr]) -> set[str]:
+        return {x.attr for node in nodes for x in ast.walk(node) if isinstance(x, ast.Attribute)}
+
+    def within(body: list[ast.stmt], outer: set[str]) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                found |= within(node.body, outer | marks(node.decorator_list))
+            elif isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                found[node.name] = outer | marks(node.decorator_list)
+        return found
+
+    of_file = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"
+    ]
+    return within(tree.body, marks(of_file))
+
+
+def test_each_promise_has_a_test() -> None:
+    assert len(promises()) > 20
+    assert all(promises())
+
+
+@pytest.mark.parametrize("named", sorted({name for row in promises() for name in row}))
+def test_a_test_that_security_names_is_there_and_selected_as_one_of_the_border(named: str) -> None:
+    file, _, pattern = named.partition("::")
+    found = marks_of_tests(ast.parse((ROOT / "tests" / file).read_text()))
+    meant = {test: marks for test, marks in found.items() if fnmatch(test, pattern)}
+    assert meant
+    assert [test for test, marks in meant.items() if not marks & {"border", "slow"}] == []
