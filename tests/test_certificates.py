@@ -6,7 +6,7 @@ import shutil
 import ssl
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -25,9 +25,6 @@ from flows.federation_cli import federation_app
 from flows.parties import _only_one
 from fusion.keys import KeyFault, certificate_dates, certificate_expiry
 from infra.provision import Keys, ProvisionError, Server, provision, read_party
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.border
 
@@ -120,6 +117,36 @@ def test_the_command_says_how_long(kits: Path, monkeypatch: pytest.MonkeyPatch) 
     done = CliRunner().invoke(federation_app, ["check", "--kit", str(kits / "coordinator")])
     assert done.exit_code == 1
     assert "makes all kits anew" in done.output
+
+
+def test_a_party_finds_its_own_kit_below_its_folder(
+    kits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that files for containers and pages for people name no site."""
+    home = tmp_path / "data"
+    shutil.copytree(kits / "site-a", home / "kits" / "site-a")
+    (home / "site.toml").write_text(f'name = "site-a"\nsecret = "{"s" * 40}"\n')
+    monkeypatch.chdir(home)
+    done = CliRunner().invoke(federation_app, ["check"])
+    assert done.exit_code == 0, done.output
+    assert "certificate: counts until " in done.output
+    with _only_one(home / "kits" / "site-a"):
+        assert CliRunner().invoke(federation_app, ["check", "--running"]).exit_code == 0
+    started: list[tuple[Path, Path | None]] = []
+
+    def run_party(kit: Path, *, say: object, site_home: Path | None) -> int:
+        del say
+        started.append((kit, site_home))
+        return 0
+
+    monkeypatch.setattr("flows.parties.run_party", run_party)
+    monkeypatch.chdir(tmp_path)
+    command = ["start", "--site-home", str(home)]
+    assert CliRunner().invoke(federation_app, command).exit_code == 0
+    assert started == [(home / "kits" / "site-a", home)]
+    monkeypatch.chdir(kits.parent)
+    assert CliRunner().invoke(federation_app, ["start"]).exit_code == 0
+    assert started[1] == (Path("kits/coordinator"), None)
 
 
 def test_a_health_check_asks_whether_the_party_runs(kits: Path) -> None:
