@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,15 +17,28 @@ from pydantic import ValidationError
 
 from flows.approvals import FOLDER, approval_fields, approve, read_approvals, write_approval
 from flows.approvals import statement_of as stated
-from flows.gate import ANSWERED, SitePart, approve_at, open_site, own_limits, settings_digest
+from flows.gate import (
+    ANSWERED,
+    PRIVACY,
+    SitePart,
+    approve_at,
+    open_site,
+    own_limits,
+    settings_digest,
+)
 from flows.identity import identity
+from flows.membership import write_results
 from flows.sealed import note
 from flows.snapshots import COHORT, withdraw
 from fusion import messages as m
+from fusion.differential_privacy import PrivacyLedger
+from fusion.federation import PROTOCOL
 from fusion.federation.consortium import COORDINATOR, Consortium
 from fusion.federation.envelope import Envelope, seal, unseal
 from fusion.federation.gate import SiteGate
+from fusion.federation.private_fitting import OPENING
 from fusion.keys import SigningKey
+from fusion.membership import MIN_MODELS, MembershipResult
 from fusion.privacy import MinimumCounts
 from tests.hospitals import leave_draft, patients, protocol, settings_at
 
@@ -173,6 +187,46 @@ def test_limits_that_a_site_changed_are_approved_anew(site: Site) -> None:
     assert isinstance(site.gate()(site.introduction("site-02")), m.Introduced)
 
 
+NETWORK = {"blood": {"model": "mlp", "sharing": "weights", "hidden": 2, "rounds": 3}}
+PASSING = MembershipResult(
+    "blood", 300, 150, MIN_MODELS, 0.55, 0.52, 0.58, 0.06, 0.05, 0.07, 0.51, 0.5, 0.52
+)
+
+
+@pytest.mark.parametrize(
+    ("shared", "audited"),
+    [
+        ({"encoder": NETWORK}, ("blood",)),
+        ({"fusion": {"model": "gated"}}, ("fusion",)),
+        ({"encoder": NETWORK, "fusion": {"model": "gated"}}, ("blood", "fusion")),
+    ],
+    ids=["weights", "gated", "both"],
+)
+def test_networks_of_patients_leave_only_after_a_passed_audit_of_each(
+    tmp_path: Path, shared: dict[str, Any], audited: tuple[str, ...]
+) -> None:
+    section = {**STUDY.study.model_dump(mode="json"), "data": "patients"}
+    secure = {"sums": "secure_sum"}
+    study = protocol(study=section, federation=secure, privacy={}, **shared)
+    site = replace(site_at(tmp_path, draft=False), study=study)
+    leave_draft(site.settings, patients(160, 1), study)
+    site.approve()
+
+    def reply(*results: MembershipResult) -> m.Message:
+        if results:
+            cohort = site.part().cohort()
+            write_results(site.settings, study, list(results), cohort=cohort)
+        return site.gate()(site.introduction("site-02"))
+
+    passing = [replace(PASSING, name=name) for name in audited]
+    assert code(reply()) == "not_approved"
+    for one in range(len(passing)):
+        failing = replace(passing[one], auc=0.61)
+        assert code(reply(*passing[:one], failing, *passing[one + 1 :])) == "not_approved"
+    assert code(reply(replace(PASSING, name="clinical"))) == "not_approved"
+    assert isinstance(reply(*passing), m.Introduced)
+
+
 def test_a_damaged_approval_is_a_code(site: Site) -> None:
     path = site.settings.path(FOLDER, f"{SITE}.json")
     path.write_bytes(path.read_bytes()[:-20])
@@ -233,6 +287,46 @@ def test_a_restarted_site_remembers_what_it_told(site: Site) -> None:
     assert site.settings.path(ANSWERED).stat().st_size == size
     asked(0.2, 3)
     assert site.settings.path(ANSWERED).stat().st_size > size
+
+
+def noisy_release(site: Site, run: str) -> bytes:
+    """What leaves a site in a run that it takes part in, as a process of its own would answer."""
+    gc.collect()  # the part before lets go of its files, as a process that ends does
+    ask = site.gate()
+    assert isinstance(ask(site.introduction("site-02")), m.Introduced)
+    assert isinstance(ask(site.describe(run)), m.Description)
+    return m.encode(ask(m.AskPrivateSteps(run, 1, OPENING, (PROTOCOL,), np.zeros((1, 4)))))
+
+
+def noisy_releases(site: Site) -> list[bytes]:
+    """What leaves run after run, until nothing does; noise is drawn anew for each, so all cost."""
+    found: list[bytes] = []
+    while len(found) < 40:
+        reply = noisy_release(site, f"{len(found):064x}")
+        if m.decode(reply) == m.Refused("budget_spent"):
+            break
+        assert isinstance(m.decode(reply), m.PrivateSteps)
+        found.append(reply)
+    return found
+
+
+def test_a_budget_is_spent_over_runs_and_restarts_and_a_sites_own_smaller_one_holds(
+    tmp_path: Path,
+) -> None:
+    study = protocol(differential_privacy={"epsilon": 1.0})
+    answered = {}
+    for own in (None, 0.6):
+        site = replace(site_at(tmp_path / str(own), draft=False), study=study)
+        site.settings = site.settings.model_copy(update={"epsilon": own})
+        leave_draft(site.settings, patients(160, 1), study)
+        site.approve()
+        answered[own] = noisy_releases(site)
+        again = noisy_releases(site)  # the very same runs cost nothing, and get the same noise
+        assert again == answered[own]
+        allowed = own or 1.0
+        ledger = PrivacyLedger(site.settings.path(PRIVACY), epsilon=allowed, delta=1e-5)
+        assert 0.5 * allowed < ledger.spent() <= allowed
+    assert 0 < len(answered[0.6]) < len(answered[None]) < 40
 
 
 def _close(study: SiteStudy) -> None:
