@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import re
 import shutil
 import stat
 from html.parser import HTMLParser
-from typing import TYPE_CHECKING
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import tifffile
+from PIL import Image
 
 from flows.board import patients_beside, write_boards
 from flows.board_figures import attention_figure, contributions_figure, shares_figure
@@ -22,6 +26,8 @@ from flows.tile_maps import TileMap, tile_map
 from infra.settings import STUDY_FILE, Workspace
 from modalities.cohort import write_cohort
 from modalities.pathology import read_bag
+from modalities.pathology.bags import Bag, write_bag
+from modalities.synthetic.slides import SLIDE_PX, write_slide
 from tests.small_trial import SITES, cohort_of, patients, prepare, run, settings_at
 
 if TYPE_CHECKING:
@@ -171,6 +177,125 @@ def test_attention_is_that_of_the_network_over_the_patients_tiles(
     np.testing.assert_allclose(tiles.attention, encoder.attention([bag.features])[0])
     np.testing.assert_array_equal(tiles.coords, bag.coords)
     assert (tiles.side_px, tiles.size_px) == (512.0, (2048.0, 1536.0))
+
+
+def leave_slide(root: Path, patient: str) -> Path:
+    """Draw a patient's slide, list it, and cut the patient's bag from it: twelve tiles."""
+    home = settings_at(root, SITE).home
+    slide = home / "slides" / f"{patient}.tif"
+    slide.parent.mkdir(exist_ok=True)
+    write_slide(slide, np.array([1.0, -0.5]), seed=3, key=(0, 7))
+    (home / "manifest.csv").write_text(
+        f"patient_id,modality,path,mask_path,roi\n{patient},slides,slides/{patient}.tif,,\n"
+    )
+    path = home / "features" / "slides" / f"{patient}-0123abcd.h5"
+    old = read_bag(path)
+    coords = np.array([(256 + x * 128, y * 128) for x in range(4) for y in range(3)])
+    noted: dict[str, Any] = {
+        "patch_size_level0": 128, "level0_width": SLIDE_PX, "level0_height": SLIDE_PX,
+    }  # fmt: skip
+    bag = Bag(coords.astype(np.int64), old.features)
+    write_bag(path, bag, coords_attrs=noted, file_attrs={})
+    return slide
+
+
+def mapped(root: Path, model: StudyModel, patient: str) -> TileMap:
+    settings = settings_at(root, SITE)
+    scorer = predict_cohort(settings, model, settings.path(COHORT), only=[patient]).scorer
+    found = tile_map(scorer, patient)
+    assert found is not None
+    return found
+
+
+def test_behind_the_tiles_lies_the_patients_own_slide(copied: Path, model: StudyModel) -> None:
+    patient = with_slide(copied, model)
+    slide = leave_slide(copied, patient)
+    tiles = mapped(copied, model, patient)
+    whole = tifffile.imread(slide, level=0)  # read by another library than ours
+    assert whole.shape == (SLIDE_PX, SLIDE_PX, 3)
+    expected = np.asarray(Image.fromarray(whole).reduce(2), dtype=np.float64)
+    assert tiles.overview is not None
+    assert tiles.overview.shape == expected.shape
+    assert np.abs(tiles.overview - expected).mean() < 4.0
+    for turned in (expected[::-1], expected[:, ::-1], np.rot90(expected), expected[..., ::-1]):
+        assert np.abs(tiles.overview - turned).mean() > 10.0
+    tissue = expected.mean(axis=2) < 200.0
+    assert 0.2 < tissue.mean() < 0.9
+    assert tiles.overview[tissue].mean() < tiles.overview[~tissue].mean() - 30.0
+    assert (tiles.size_px, tiles.side_px) == ((SLIDE_PX, SLIDE_PX), 128.0)
+
+
+def pixels(address: str) -> np.ndarray:
+    """(h, w, 3) of a drawn map."""
+    return np.asarray(Image.open(BytesIO(an_image(address))).convert("RGB"), dtype=np.float64)
+
+
+def test_the_drawn_map_shows_the_slide_in_its_place_and_the_tiles_over_it(
+    copied: Path, model: StudyModel
+) -> None:
+    patient = with_slide(copied, model)
+    leave_slide(copied, patient)
+    tiles = mapped(copied, model, patient)
+    assert tiles.overview is not None
+    # Clear colours: the middle of this palette is grey.
+    tiles = dataclasses.replace(tiles, attention=np.repeat([0.0, 1 / 6], 6))
+    drawn = pixels(attention_figure(tiles))
+    empty = pixels(attention_figure(dataclasses.replace(tiles, overview=None)))
+    rows, columns = (np.flatnonzero((drawn != empty).any(axis=(1 - at, 2))) for at in (0, 1))
+    inside = drawn[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    # Two tiles around the four by three: all columns and five rows of 128 pixels. Each tile is four
+    # by four blocks here, the outermost of which hold the frame.
+    blocks = [shrunk(x, (32, 20)) for x in (inside.mean(axis=2), tiles.overview[:320].mean(axis=2))]
+    colour = shrunk(np.ptp(inside, axis=2), (32, 20))
+    assert colour[1:12, 8:24].mean() > 20.0  # the tiles have colours
+    bare = np.ones((20, 32), dtype=bool)
+    bare[:13, 7:25] = bare[[0, -1]] = bare[:, [0, -1]] = False
+    assert colour[bare].mean() < 2.0  # the slide around them is pale and grey
+    grey, slide = (x[bare] for x in blocks)
+    assert np.corrcoef(grey, slide)[0, 1] > 0.95
+    assert np.median(np.abs(grey - (255.0 - 0.6 * (255.0 - slide)))) < 3.0
+    for turned in (blocks[1][::-1], blocks[1][:, ::-1]):
+        assert np.corrcoef(grey, turned[bare])[0, 1] < 0.9
+
+
+def shrunk(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Mean of blocks of a grey image, ``size`` of them as (width, height)."""
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+
+
+@pytest.mark.parametrize("fault", ["listed twice", "another's", "damaged", "unlisted"])
+def test_without_the_patients_one_slide_the_map_stands_on_nothing(
+    copied: Path, model: StudyModel, fault: str
+) -> None:
+    patient = with_slide(copied, model)
+    slide = leave_slide(copied, patient)
+    manifest = settings_at(copied, SITE).path("manifest.csv")
+    header, row = manifest.read_text().splitlines()
+    if fault == "damaged":
+        slide.write_bytes(slide.read_bytes()[:2000])
+    elif fault == "listed twice":
+        other = slide.with_name("again") / slide.name
+        other.parent.mkdir()
+        shutil.copy(slide, other)
+        more = row.replace("slides/", "slides/again/", 1)
+        manifest.write_text("\n".join([header, row, more]) + "\n")
+    else:
+        rows = {"another's": row.replace(patient, "p1-999", 1), "unlisted": ""}
+        manifest.write_text("\n".join([header, rows[fault]]) + "\n")
+    tiles = mapped(copied, model, patient)
+    assert tiles.overview is None
+    assert an_image(attention_figure(tiles)).startswith(b"\x89PNG")
+
+
+def test_the_page_of_a_patient_with_a_slide_shows_it(copied: Path, model: StudyModel) -> None:
+    settings, patient = settings_at(copied, SITE), with_slide(copied, model)
+    (page,), _ = write_boards(settings, model, patients=[patient])
+    before = Read(page.read_text()).fetched
+    leave_slide(copied, patient)
+    (page,), _ = write_boards(settings, model, patients=[patient])
+    (shown,) = [x for x in Read(page.read_text()).fetched if x.startswith("data:image/png")]
+    assert shown == attention_figure(mapped(copied, model, patient))
+    assert shown not in before
 
 
 def an_image(address: str) -> bytes:

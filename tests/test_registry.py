@@ -44,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 POLICY = ROOT / "mlflow"
 GRID_DAYS = (365.0, 730.0, 1095.0)
 COORDINATOR = SigningKey(b"c" * 32)
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
 
 def study_protocol() -> StudyProtocol:
@@ -258,6 +259,39 @@ def test_the_loaded_model_predicts_as_the_fitted_one(store: Store, record: Study
     np.testing.assert_allclose(predicted["log_hazard"], model.predict(values))
     np.testing.assert_allclose(predicted["log_hazard_se"], model.predict_standard_error(values))
     np.testing.assert_allclose(predicted.filter(like="survival_"), expected)
+
+
+def test_the_input_example_is_there_made_up_and_of_no_patient(
+    store: Store, record: StudyRecord
+) -> None:
+    version = store.client.get_model_version_by_alias("lung-fusion", "candidate")
+    (folder,) = store.artifacts.glob(f"lung/models/{version.source.split('/')[-1]}/artifacts")
+    model = load(store, "models:/lung-fusion@candidate")
+    example = model.metadata.load_input_example(str(folder))
+    modalities = record.fitted.models[PROTOCOL].modalities
+    assert model.metadata.get_input_schema().input_names() == list(modalities)
+    assert list(example.columns) == list(modalities) == ["blood", "clinical"]
+    assert example.to_numpy(dtype=float) == pytest.approx(
+        np.array([[0.0, 0.0], [0.5, np.nan]]), nan_ok=True
+    )
+    assert np.isfinite(model.predict(example)).all(axis=None)
+    # What MLflow shows and serves of it, against every number that is a patient's.
+    rng = np.random.default_rng(0)
+    real = [site_rows(rng, 300), site_rows(rng, 180), site_rows(rng, 50, external=True)]
+    assert [x.cohort for x in real] == [site.cohort for site in record.fitted.sites]
+    values = {
+        float(x)
+        for rows in real
+        for of in (*rows.tables.values(), *rows.local.values())
+        for part in (of.train, of.test)
+        for x in part[np.isfinite(part)]
+    }
+    values |= {float(x) for rows in real for of in (rows.train, rows.test) for x in of.time}
+    files = sorted(x.name for x in folder.glob("*example*"))
+    assert files == ["input_example.json", "serving_input_example.json"]
+    shown = [float(x) for file in files for x in NUMBER.findall((folder / file).read_text())]
+    assert len(shown) >= 6
+    assert values.isdisjoint(shown)
 
 
 @pytest.mark.parametrize("frame", [{"blood": [0.1]}, {"blood": [0.1], "clinical": ["old"]}])
