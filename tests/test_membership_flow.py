@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from flows import membership
+from flows.cli import app
 from flows.inputs import LocalEncoder, ModalityInputs, SiteInputs, train_local
 from flows.loading import encoder_key
 from flows.membership import (
@@ -23,9 +25,9 @@ from flows.membership import (
     read_results,
     write_results,
 )
-from flows.protocol import StudyProtocol, read_protocol
+from flows.protocol import StudyProtocol, load_protocol, read_protocol
 from fusion.membership import MIN_MODELS, Effort, MembershipResult
-from infra.settings import SiteSettings
+from infra.settings import SiteSettings, Workspace
 from modalities.cohort import DataError
 from tests.simulated import simulate_bags, simulate_survival
 
@@ -244,3 +246,89 @@ def test_an_audit_copied_from_another_site_lets_nothing_leave(
     key = encoder_key(COHORT, study, "blood")
     assert may_share_weights(other, study, "blood", key)
     assert not may_share_weights(site, study, "blood", key)
+
+
+def study_folder(root: Path, *, data: str) -> Path:
+    """Write the protocol of these tests as a folder with one site has it."""
+    study = f'''
+[study]
+name = "small"
+data = "{data}"
+horizon_days = 730
+grid_days = [365, 730]
+seed = 3
+[modality.clinical]
+kind = "clinical"
+numeric = ["age"]
+[modality.blood]
+kind = "tabular"
+columns = ["hb", "crp"]
+[modality.pathology]
+kind = "pathology"
+[encoder.blood]
+model = "mlp"
+sharing = "weights"
+hidden = 2
+rounds = 3
+local_steps = 2
+[federation]
+sums = "secure_sum"
+'''
+    (root / "study.toml").write_text(study)
+    (root / "site.toml").write_text(f'name = "site-01"\nsecret = "{"s" * 32}"\n')
+    return root
+
+
+def audited(root: Path, *options: str) -> tuple[int, str]:
+    command = ["audit", "membership", "--root", str(root), *options]
+    done = CliRunner().invoke(app, command)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.output
+
+
+@pytest.mark.usefixtures("prepared")
+def test_the_command_tells_of_every_model_and_fails_for_one_whose_weights_are_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONSILIUM_ROOT", "")  # restored afterwards: commands set it
+    root = study_folder(tmp_path, data="patients")
+    status, said = audited(root, "--models", "8")  # too few to pass anything
+    lines = said.splitlines()
+    assert status == 1
+    assert [x.partition(": fails: AUC ")[0] for x in lines] == [
+        "blood", "clinical", "pathology", FUSION,
+    ]  # fmt: skip
+    assert all("true positives at 5 % false ones" in x and x.endswith("8 models") for x in lines)
+    status, said = audited(root, "--models", "8", "--json")
+    assert status == 1
+    found = json.loads(said)
+    assert [(x["name"], x["passes"], x["n_models"]) for x in found] == [
+        (name, False, 8) for name in ("blood", "clinical", "pathology", FUSION)
+    ]
+    assert all(x["auc_low"] <= x["auc"] <= x["auc_high"] for x in found)
+    kept = read_results(Workspace(root=root).site("site-01"), load_protocol(root / "study.toml"))
+    assert {x.name for x in kept.values()} == {x["name"] for x in found}
+
+
+@pytest.mark.usefixtures("prepared")
+def test_the_command_succeeds_where_no_patients_network_is_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONSILIUM_ROOT", "")
+    status, said = audited(study_folder(tmp_path, data="simulated"), "--models", "8")
+    assert status == 0
+    assert "blood: fails: " in said
+
+
+def test_the_command_succeeds_once_the_shared_network_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONSILIUM_ROOT", "")
+    monkeypatch.setattr(membership, "audit_site", lambda *_, **__: [PASSING])
+    status, said = audited(study_folder(tmp_path, data="patients"))
+    assert status == 0
+    assert said.splitlines()[0].startswith("blood: passes: AUC 0.55 (0.52 to 0.58), ")
+    assert said.splitlines()[1:] == [
+        f"{x}: not audited; logs/consilium.log says why" for x in ("clinical", "pathology", FUSION)
+    ]

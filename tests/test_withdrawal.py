@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 from typing import TYPE_CHECKING
 
 import pytest
+from typer.testing import CliRunner
 
+from flows.cli import app
 from flows.demo import write_consortium
 from flows.extraction import collect
 from flows.protocol import load_protocol
 from flows.site import ASSIGNMENTS, assemble_cohort, extract_site_batch, list_inputs
 from flows.site import read_site_registry as read_site
 from flows.snapshots import COHORT, record_run, released, withdraw
+from flows.terminal import UsageError
 from infra.settings import STUDY_FILE, Workspace
 from modalities.cohort import DataError, Exclusion, read_cohort, write_exclusions
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from click.testing import Result
 
     from flows.protocol import StudyProtocol
     from infra.settings import SiteSettings
@@ -145,3 +151,37 @@ def test_a_patient_nobody_ever_listed_is_one_sentence(site: SiteSettings) -> Non
     assert "nowhere" not in text
     assert text.count(".") == 0
     assert released(site, load_protocol(site.home.parent / STUDY_FILE)).number == 1
+
+
+def consilium(*arguments: str, root: Path) -> Result:
+    return CliRunner().invoke(app, ["site", *arguments, "--root", str(root)])
+
+
+def test_the_command_withdraws_and_names_the_runs_that_the_patient_was_in(
+    site: SiteSettings, root: Path, patient: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONSILIUM_ROOT", "")  # restored afterwards: commands set it
+    done = consilium("withdraw", patient, "--site", SITE, root=root)
+    assert done.exit_code == 0, done.output
+    removed, run, waits = done.output.splitlines()
+    assert re.fullmatch(r"withdrawn: [1-9]\d* files removed", removed)
+    assert run == f"made with this patient among others: run {'a' * 12}"
+    assert waits.startswith("this site takes part again when enough other patients")
+    assert patient not in done.output
+    assert files_with(site, patient) <= {ASSIGNMENTS, "excluded.csv"}
+    again = consilium("withdraw", patient, "--site", SITE, root=root)
+    assert (again.exit_code, again.output.splitlines()[0]) == (0, "withdrawn: 0 files removed")
+
+
+def test_the_command_withdraws_nobody_whom_it_cannot_tell(
+    site: SiteSettings, root: Path, patient: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONSILIUM_ROOT", "")
+    before = files_with(site, patient)
+    unsaid = consilium("withdraw", patient, root=root)
+    assert isinstance(unsaid.exception, UsageError)
+    assert str(unsaid.exception).startswith("site: found 2 (site-01, site-02), name one")
+    unknown = consilium("withdraw", "p-nowhere", "--site", SITE, root=root)
+    assert isinstance(unknown.exception, DataError)
+    assert unknown.output == ""
+    assert files_with(site, patient) == before
