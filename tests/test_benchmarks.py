@@ -482,3 +482,26 @@ def test_waiting_is_shared_out_between_threads(load: Callable[[str], ModuleType]
     assert alone(64, 0.0) == 0.0
     assert alone(64, 1.0) == 65.0  # 1, then 64 and 64 on two threads
     assert alone(500, 1.0) == pytest.approx(500.5, abs=64)
+
+
+def test_the_cost_of_a_secure_sum_is_measured_end_to_end(
+    printed: Callable[..., dict[str, Any]],
+) -> None:
+    found = printed("secure_sum", "--sites", 4, "--values", 2000, "--repeat", 1)
+    times = {
+        "site_cpu_s", "slowest_site_cpu_s", "agree_cpu_s", "mask_cpu_s", "coordinator_cpu_s",
+        "cipher_alone_cpu_s",
+    }  # fmt: skip
+    about = {"benchmark": "secure_sum", "sites": 4, "values": 2000, "bytes_from_a_site": 32_000}
+    assert about.items() <= found.items()
+    errors = {"largest_relative_error", "largest_error_below_1"}
+    assert found.keys() == about.keys() | times | errors
+    assert all(isinstance(found[name], float) for name in times)
+    assert found["largest_relative_error"] < 1e-8
+    assert found["largest_error_below_1"] < 1e-8
+
+
+def test_fewer_sites_than_hide_a_value_are_refused(load: Callable[[str], ModuleType]) -> None:
+    with pytest.raises(SystemExit) as ending:
+        load("secure_sum").main(["--sites", "2"])
+    assert ending.value.code == 2

@@ -15,6 +15,7 @@ import SimpleITK as sitk
 
 from flows.cli import main
 from flows.demo import write_consortium
+from flows.protocol import load_protocol
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,6 +74,18 @@ def test_a_study_is_written_and_checked(run: Call, tmp_path: Path) -> None:
     assert run("study", "check")[1].startswith("other: valid")
     assert "study.name: needed lower-case" in sentence(run("study", "init", "Lung OS", "--force"))
     assert run("study", "check")[1].startswith("other: valid")
+
+
+@pytest.mark.parametrize(
+    ("options", "sums", "epsilon"), [((), "plain", 0.0), (("--strict",), "secure_sum", 3.0)]
+)
+def test_a_strict_study_masks_its_sums_and_adds_noise_and_another_does_neither(
+    run: Call, tmp_path: Path, options: tuple[str, ...], sums: str, epsilon: float
+) -> None:
+    assert run("study", "init", "lung-os", *options)[0] == 0
+    study = load_protocol(tmp_path / "study.toml")
+    assert (study.federation.sums, study.differential_privacy.epsilon) == (sums, epsilon)
+    assert study.privacy.lowered() == ()
 
 
 def test_a_faulty_study_is_one_sentence(run: Call, tmp_path: Path) -> None:
