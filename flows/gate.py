@@ -11,7 +11,7 @@ from flows.identity import identity
 from flows.inputs import site_rows
 from flows.loading import encoder_key, load_encoders, load_inputs
 from flows.protocol import load_protocol
-from flows.sealed import log_to, note
+from flows.sealed import log_to, note, warn
 from flows.snapshots import record_run, released
 from fusion.audit import LOG_FILE, AuditLog
 from fusion.differential_privacy import PrivacyLedger
@@ -167,6 +167,7 @@ class SitePart:
             book=book,
             ledger=privacy_ledger(settings, protocol),
             on_error=note,
+            on_warning=warn,
         )
 
 

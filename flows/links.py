@@ -12,7 +12,7 @@ from flows.identity import identity
 from flows.inputs import keyed_digest, site_rows
 from flows.loading import load_encoders, load_inputs
 from flows.reference import Consortium
-from flows.sealed import note
+from flows.sealed import note, warn
 from flows.snapshots import record_run, released
 from flows.versions import CODE, source_digest
 from fusion.federation import InProcess, SiteStudy, run_federation
@@ -119,6 +119,7 @@ class InMemory:
                 identity=SiteIdentity(site, keys[site], trusted),
                 ledger=privacy_ledger(found, self._protocol),
                 on_error=note,
+                on_warning=warn,
             )
         self._transport = InProcess(studies)
         self._consortium = Consortium(self._protocol, inputs, studies, local)

@@ -168,6 +168,7 @@ def _sentences(shown: Shown) -> dict[str, Any]:
     return {
         "findings": sentences.findings(shown),
         "conclusions": sentences.conclusions(shown),
+        "alarms": sentences.alarms(shown),
         "limitations": sentences.limitations(shown),
         "calibration_in_words": sentences.calibration_in_words(shown),
         "decision_in_words": sentences.decision_in_words(shown),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from flows.report_words import RIVALS, code_words
+from flows.report_words import RIVALS, alarm_words, code_words
 from flows.shown import Shown, listed, missing, pointer
 from fusion.federation import LOCAL_ENCODERS, LOCAL_ONLY, PROTOCOL
 from fusion.federation.plan import without
@@ -95,6 +95,19 @@ def _at_left_out_sites(shown: Shown) -> Iterator[Markup]:
         yield Markup("At sites left out of the fitting, concordance was {}.").format(
             shown.estimate(at)
         )
+
+
+def alarms(shown: Shown) -> list[Markup]:
+    """Name each site that people have to look at, and why, in the order of the record."""
+    at = [pointer("results", "alarms", i) for i in range(len(shown.get("/results/alarms") or []))]
+    return [
+        Markup("{}: {} (z {}).").format(
+            shown.text(f"{x}/site"),
+            alarm_words(shown.get(f"{x}/reason")),
+            shown.number(f"{x}/z", ".1f", why="not finite"),
+        )
+        for x in at
+    ]
 
 
 def calibration_in_words(shown: Shown) -> Markup:

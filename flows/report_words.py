@@ -88,6 +88,12 @@ _MINIMUMS = {
     "snapshot": "Patients by which two released cohorts differ",
     "intervals": "Most intervals of the time grid",
 }
+# Of a site, what its own held-out patients or training sums say.
+_ALARMS = {
+    "below_chance": "patients at higher predicted hazard lived longer",
+    "worse_than_own": "the federated model orders patients worse than the site's own",
+    "unlike_the_others": "its patients do not fit the model as those of the other sites do",
+}
 NONE_RELEASED = "no site could release it"
 
 
@@ -99,6 +105,11 @@ def word(section: str, value: Any) -> str:
 def code_words(code: str) -> str:
     """Plain words for the code with which a site refused."""
     return _CODES.get(code, code.replace("_", " "))
+
+
+def alarm_words(reason: str) -> str:
+    """Plain words for why people should look at a site."""
+    return _ALARMS.get(reason, reason.replace("_", " "))
 
 
 def reference_name(arm: str) -> str:

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from flows.report_words import alarm_words
 from fusion.evaluation import NoComparablePairs, PairCounts, concordance_index
 from fusion.federation import LOCAL_ENCODERS, LOCAL_ONLY, PROTOCOL
 
@@ -156,8 +157,10 @@ def _reference_cell(reference: Reference | None, arm: str) -> str:
 
 def _notes(record: StudyRecord) -> tuple[str, ...]:
     found = [
+        *_alarm_notes(record),
         "Concordance is Harrell's, within each site and pooled over its comparable pairs; 0.5 is "
         "chance, higher is better.",
+        *_gain_note(record),
         *_lowered_note(record),
         *_cross_fitting_note(record),
         *_site_notes(record),
@@ -165,6 +168,25 @@ def _notes(record: StudyRecord) -> tuple[str, ...]:
         *_reference_notes(record),
     ]
     return tuple(found)
+
+
+def _alarm_notes(record: StudyRecord) -> list[str]:
+    return [
+        f"Alarm at {alarm.site}: {alarm_words(alarm.reason)} (z = {alarm.z:.1f}); a person has to "
+        "look at its data, with the site."
+        for alarm in record.results.alarms
+    ]
+
+
+def _gain_note(record: StudyRecord) -> list[str]:
+    gain = record.results.holdout_gain
+    if gain is None:
+        return []
+    return [
+        "On held-out patients, concordance of the federated model less that of the sites' own "
+        f"models is {gain.value:+.3f} ({gain.low:+.2f} to {gain.high:+.2f}): above 0 the "
+        "consortium is worth it."
+    ]
 
 
 def _lowered_note(record: StudyRecord) -> list[str]:

@@ -72,6 +72,11 @@ def note(error: Exception) -> None:
     _LOG.error("%s", type(error).__name__, exc_info=error)
 
 
+def warn(sentence: str) -> None:
+    """Write to the local log what a person at the site should look at."""
+    _LOG.warning("%s", sentence)
+
+
 def may_pass(task: object, run: object, state: State[object]) -> bool:
     """Say whether a failed task is worth another try: a disk or a network may recover."""
     del task, run

@@ -73,6 +73,8 @@ def summarise_record(
         "released": {
             arm: _interval(result.concordance) for arm, result in record.results.arms.items()
         },
+        "holdout_gain": _interval(record.results.holdout_gain),
+        "alarms": [asdict(alarm) for alarm in record.results.alarms],
     }
     return summary | (comparison(reference) if reference is not None else {})
 

@@ -28,6 +28,7 @@ from fusion.federation import (
     RoundRecord,
     SiteOutcome,
 )
+from fusion.federation.alarms import SiteAlarm
 from fusion.federation.plan import PERSONALISED, without
 from fusion.federation.results import (
     LeftOutSite,
@@ -231,6 +232,10 @@ def results() -> StudyResults:
         ),
         left_out_pooled=estimate(0.719, 0.03),
         ridge={"clinical": 0.03, "radiology": 0.1, PROTOCOL: 0.01},
+        alarms=(
+            SiteAlarm("site-02", "worse_than_own", -2.61),
+            SiteAlarm("site-03", "unlike_the_others", -3.42),
+        ),
     )  # fmt: skip
 
 
@@ -264,7 +269,7 @@ def full_record() -> StudyRecord:
         heterogeneity=found.heterogeneity,
         evaluations={s.site: evaluation(plan, s.n_test) for s in sites() if s.n_test},
         calibration_slope=found.arms[PROTOCOL].calibration_slope,
-        alarms=(),
+        alarms=found.alarms,
         fit_rounds={"clinical": 6, "radiology/0": 5, PROTOCOL: 5},
         ridge=found.ridge,
         rounds=rounds(),

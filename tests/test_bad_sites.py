@@ -25,13 +25,20 @@ from fusion.federation import (
     SiteStudy,
     Split,
     run_federation,
+    summarise,
 )
-from fusion.federation.alarms import SiteAlarm, holdout_gain, site_alarms, slope_alarms
+from fusion.federation.alarms import (
+    SiteAlarm,
+    holdout_gain,
+    own_warnings,
+    site_alarms,
+    slope_alarms,
+)
 from fusion.federation.bounds import BoundsBroken, is_stationary, other_units
 from fusion.federation.conversation import add
 from fusion.federation.self_check import model_fault, self_check
 from fusion.newton import ConvergenceError
-from tests.consortium import EASY, Flaky, run, site_rows, studies_of
+from tests.consortium import EASY, Flaky, Overheard, run, site_rows, studies_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -81,9 +88,11 @@ class Kept(Coordinator):
     @property
     def alarms(self) -> set[str]:
         """Sites that the training sums of some model raise an alarm of."""
-        shown = [self.fits[x] for x in (PROTOCOL, "radiology", "clinical")]
-        found = [x for f in shown for x in slope_alarms(f.newton, f.by_site)]
-        return {x.site for x in found}
+        shown = (PROTOCOL, "radiology", "clinical")
+        return {x.site for name in shown for x in self.training_alarms(name)}
+
+    def training_alarms(self, name: str) -> tuple[SiteAlarm, ...]:
+        return slope_alarms(self.fits[name].newton, self.fits[name].by_site)
 
 
 def three(seed: int, *sizes: int) -> dict[str, SiteRows]:
@@ -93,10 +102,10 @@ def three(seed: int, *sizes: int) -> dict[str, SiteRows]:
     }
 
 
-def lying(studies: dict[str, SiteStudy], lie: Any, site: str = BAD) -> dict[str, SiteStudy]:
-    """Let one site change its sums before they are written, or masked."""
-    honest = studies[site]._answers[m.AskSums]
-    studies[site]._answers[m.AskSums] = lambda request: lie(honest(request), request)
+def lying(studies: dict[str, SiteStudy], lie: Any, *, to: type = m.AskSums) -> dict[str, SiteStudy]:
+    """Let one site change its replies of a kind before they are written, or masked."""
+    honest = studies[BAD]._answers[to]
+    studies[BAD]._answers[to] = lambda request: lie(honest(request), request)
     return studies
 
 
@@ -142,6 +151,53 @@ def test_a_secure_sum_with_wrong_parts_ends_the_run_in_one_sentence(name: str) -
         coordinator.run()
     assert str(broken.value).count("\n") == 0
     assert BAD not in str(broken.value)
+
+
+# What is told beside the sums of a fit: the request, what is changed, and whether it is added up.
+OTHER_LIES: dict[str, tuple[type, Any, bool]] = {
+    "more events than patients": (
+        m.Describe, lambda r, _: replace(r, n_train_events=r.n_train + 1), False,
+    ),
+    "moments of more patients": (m.AskMoments, lambda r, _: replace(r, n=3 * r.n), True),
+    "events x100": (m.AskIntervals, lambda r, _: replace(r, events=100 * r.events), True),
+    "exposure x1e6": (m.AskIntervals, lambda r, _: replace(r, exposure=1e6 * r.exposure), True),
+    "pairs x3": (m.AskEvaluation, lambda r, _: replace(r, pairs=3 * r.pairs), False),
+    "more test patients": (m.AskEvaluation, lambda r, _: replace(r, n_test=r.n_test + 1), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_LIES)
+def test_a_site_that_tells_something_else_that_cannot_be_leaves(name: str) -> None:
+    to, lie, _ = OTHER_LIES[name]
+    rows = three(1)
+    fitted = run_federation(EASY, InProcess(lying(studies_of(rows, EASY), lie, to=to)))
+    assert {s.site: s.code for s in fitted.sites if s.code} == {BAD: "not_within_bounds"}
+    assert set(fitted.evaluations) == set(rows) - {BAD}
+
+
+@pytest.mark.parametrize("name", OTHER_LIES)
+def test_under_a_secure_sum_what_is_added_up_ends_the_run_and_what_is_not_the_sites_part(
+    name: str,
+) -> None:
+    to, lie, added = OTHER_LIES[name]
+    rows = three(1, 260, 240, 250, 230)
+    transport = InProcess(lying(studies_of(rows, SECURE), lie, to=to))
+    if added:
+        with pytest.raises(BoundsBroken, match="no patients can have"):
+            run_federation(SECURE, transport)
+        return
+    fitted = run_federation(SECURE, transport)
+    assert {s.site: s.code for s in fitted.sites if s.code} == {BAD: "not_within_bounds"}
+
+
+def test_a_site_whose_tables_are_in_another_unit_leaves_before_scales_are_agreed() -> None:
+    rows = three(1)
+    others = run({s: r for s, r in rows.items() if s != BAD}, EASY)
+    rows[BAD] = _tables(rows[BAD], lambda x: 1000.0 * x)
+    fitted = run(rows, EASY)
+    assert {s.site: s.code for s in fitted.sites if s.code} == {BAD: "not_within_bounds"}
+    for arm, model in others.models.items():
+        assert_allclose(fitted.models[arm].coefficients, model.coefficients, atol=1e-8)
 
 
 @pytest.mark.parametrize("plan", [EASY, DISCRETE, SECURE], ids=["cox", "discrete", "secure"])
@@ -246,8 +302,10 @@ def test_rows_of_another_disease_are_seen_in_the_training_sums_of_the_site(name:
         rows = three(seed)
         rows[BAD] = SHUFFLED[name](rows[BAD])
         coordinator = Kept(EASY, studies_of(rows, EASY))
-        coordinator.run()
+        fitted = coordinator.run()
         assert BAD in coordinator.alarms
+        told = {x.site for x in fitted.alarms if x.reason == "unlike_the_others"}
+        assert told >= {x.site for x in coordinator.training_alarms(PROTOCOL)}
 
 
 def test_honest_sites_raise_no_alarm() -> None:
@@ -255,20 +313,70 @@ def test_honest_sites_raise_no_alarm() -> None:
         coordinator = Kept(EASY, studies_of(three(seed), EASY))
         fitted = coordinator.run()
         assert coordinator.alarms == set()
-        assert site_alarms(EASY, fitted.evaluations) == ()
+        assert fitted.alarms == ()
         gain = holdout_gain(EASY, fitted.evaluations)
         assert gain is not None
         assert gain.value > -2.33 * gain.standard_error
+        assert summarise(fitted).holdout_gain == gain
+
+
+def turned_round(plan: FederationPlan, warned: list[str] | None = None) -> Fitted:
+    """Run a study in which time at one of three large sites runs backwards."""
+    rows = three(1, 500, 500, 500)
+    rows[BAD] = SHUFFLED["time reversed"](rows[BAD])
+    studies = studies_of(rows, plan)
+    for site, study in studies.items():
+        study._on_warning = None if warned is None else partial(_note, warned, site)
+    return run_federation(plan, InProcess(studies))
+
+
+def _note(warned: list[str], site: str, sentence: str) -> None:
+    warned.append(f"{site}: {sentence}")
 
 
 def test_under_a_secure_sum_test_rows_of_another_disease_raise_the_alarm() -> None:
+    fitted = turned_round(SECURE)
+    assert {(x.site, x.reason) for x in fitted.alarms} >= {(BAD, "unlike_the_others")}
+    assert {x.site for x in fitted.alarms} == {BAD}
+    assert all(isinstance(x, SiteAlarm) and x.z < -2.33 for x in fitted.alarms)
+    assert fitted.alarms == site_alarms(SECURE, fitted.evaluations)
+    assert summarise(fitted).alarms == fitted.alarms
+
+
+def test_where_sums_are_plain_alarms_of_training_rows_and_of_held_out_rows_are_both_told() -> None:
+    fitted = turned_round(EASY)
+    of_tests = site_alarms(EASY, fitted.evaluations)
+    of_sums = fitted.alarms[: -len(of_tests)]
+    assert fitted.alarms[-len(of_tests) :] == of_tests
+    assert BAD in {x.site for x in of_tests}
+    assert BAD in {x.site for x in of_sums}
+    assert {x.reason for x in of_sums} == {"unlike_the_others"}
+
+
+@pytest.mark.parametrize("plan", [EASY, SECURE], ids=["plain", "secure"])
+def test_a_site_tells_its_own_log_that_the_model_does_not_fit_its_rows(
+    plan: FederationPlan,
+) -> None:
+    """Held-out rows and the consortium's encoders; what crosses is the same, warned or not."""
+    warned: list[str] = []
+    fitted = turned_round(plan, warned)
+    assert {x.partition(": ")[0] for x in warned} == {BAD}
+    assert sum("by the consortium's model lived longer (z = -" in x for x in warned) == 1
+    assert sum("at higher predicted hazard lived longer (z = -" in x for x in warned) == 1
+    assert all("\n" not in x for x in warned)
+    silent = turned_round(plan)
+    for site, evaluation in silent.evaluations.items():
+        assert m.encode(evaluation) == m.encode(fitted.evaluations[site])
+
+
+def test_a_site_whose_own_model_is_better_is_told_so() -> None:
+    """Outcomes of a disease with the opposite risks: a model of its own learns them."""
     rows = three(1, 500, 500, 500)
     rows[BAD] = SHUFFLED["time reversed"](rows[BAD])
-    fitted = Kept(SECURE, studies_of(rows, SECURE)).run()
-    alarms = site_alarms(SECURE, fitted.evaluations)
-    assert {(x.site, x.reason) for x in alarms} >= {(BAD, "unlike_the_others")}
-    assert {x.site for x in alarms} == {BAD}
-    assert all(isinstance(x, SiteAlarm) and x.z < -2.33 for x in alarms)
+    fitted = run(rows, SECURE)
+    own = [x.reason for x in site_alarms(SECURE, {"": fitted.evaluations[BAD]})]
+    assert "worse_than_own" in own
+    assert len(own_warnings(SECURE, fitted.evaluations[BAD])) == len(own)
 
 
 def test_permuted_rows_pass_a_secure_sum_and_move_a_model_of_many_sites_little() -> None:
@@ -353,6 +461,24 @@ def test_a_site_that_looks_at_itself_finds_what_is_wrong(name: str) -> None:
     assert sentence is not None
     assert said in sentence
     assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_site_that_finds_something_wrong_takes_no_part_and_tells_its_own_log_alone(
+    name: str,
+) -> None:
+    change, said = FAULTS[name]
+    rows = three(1) | {BAD: change(knowing(n=1000))}
+    studies = studies_of(rows, EASY)
+    logged: list[Exception] = []
+    studies[BAD]._on_error = logged.append
+    heard = Overheard(InProcess(studies))
+    fitted = run_federation(EASY, heard)
+    assert {s.site: s.code for s in fitted.sites if s.code} == {BAD: "not_within_bounds"}
+    assert len(logged) == 1
+    assert said in str(logged[0])
+    of_site = [replies[BAD] for _, replies in heard.heard if BAD in replies]
+    assert of_site == [m.Refused("not_within_bounds")]
 
 
 def test_a_site_finds_nothing_wrong_in_honest_rows() -> None:

@@ -48,7 +48,7 @@ from tests.consortium import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 
 def assert_equals_pooled(fitted: Fitted, rows: dict[str, SiteRows], plan: FederationPlan) -> None:
@@ -278,6 +278,28 @@ def test_too_few_sites_or_patients_are_no_quorum() -> None:
             replace(EASY, minimum=EASY.minimum.model_copy(update={"pooled_patients": 250})),
             Flaky(studies_of(small(), EASY), "site-01", lambda _, n: n == 2),
         )
+
+
+def test_only_where_nobody_ever_passed_are_patients_said_to_be_too_few() -> None:
+    class Gone(InProcess):
+        """Sites of which none is reached any more from some request on."""
+
+        def __init__(self, first: type) -> None:
+            super().__init__(studies_of(small(), EASY))
+            self.first, self.is_gone = first, False
+
+        def ask(self, payload: bytes, sites: Sequence[str]) -> dict[str, bytes]:
+            self.is_gone |= isinstance(m.decode(payload), self.first)
+            return {} if self.is_gone else super().ask(payload, sites)
+
+    for first in (m.Describe, m.AskMoments, m.AskSums, m.AskIntervals):
+        for plan, needed in ((EASY, "1"), (replace(EASY, min_sites=2), "2")):
+            with pytest.raises(QuorumNotMet) as error:
+                run_federation(plan, Gone(first))
+            assert str(error.value) == (
+                f"training sites: found 0 left, needed {needed}; see why the others left, or add "
+                "sites"
+            )
 
 
 def test_another_run_or_protocol_is_refused() -> None:

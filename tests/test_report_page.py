@@ -16,10 +16,18 @@ from flows.record_values import KEYS, fusion_terms, plain, record_values
 from flows.report_checklist import CHECKLIST
 from flows.report_files import render_again, write_report
 from flows.report_page import SECTIONS, render
-from flows.report_sentences import conclusions, decision_in_words, findings, limitations, verdict
-from flows.report_words import code_words
+from flows.report_sentences import (
+    alarms,
+    conclusions,
+    decision_in_words,
+    findings,
+    limitations,
+    verdict,
+)
+from flows.report_words import alarm_words, code_words
 from flows.shown import Shown, formatted, pointer, resolve
 from fusion.federation import LOCAL_ENCODERS, LOCAL_ONLY, PROTOCOL
+from fusion.federation.alarms import Alarm
 from fusion.late import GatedModel, LogisticHazardModel
 from fusion.late.gated import initial_gated_weights
 from fusion.privacy import Refusal
@@ -394,6 +402,22 @@ def test_calibration_is_read_from_its_interval(
         at = pointer("results", "arms", PROTOCOL, "observed_expected", end)
         values = changed(values, at, value)
     assert words in " ".join(conclusions(Shown(values)))
+
+
+def test_alarms_stand_in_the_summary_and_beside_the_figures_of_the_sites(
+    full: Values, bare: Values
+) -> None:
+    found = [str(x) for x in alarms(Shown(full))]
+    assert len(found) == len(full["results"]["alarms"]) == 2
+    assert "site-02" in found[0]
+    assert "orders patients worse than" in found[0]
+    assert ">−2.6<" in found[0]
+    page = Page(render(full, {}))
+    assert [key for key, *_ in page.numbers].count("/results/alarms/1/z") == 2
+    assert page.prose.count("Alarm, for a person to look at:") == 2
+    assert "No site raised one" not in page.prose
+    assert "No site raised one" in Page(render(bare, {})).prose
+    assert all(alarm_words(x) != x.replace("_", " ") for x in get_args(Alarm))
 
 
 def test_thresholds_are_named_where_the_model_beats_both_rules(full: Values) -> None:

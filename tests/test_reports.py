@@ -28,9 +28,11 @@ from fusion.federation import (
     SiteRows,
     SiteStudy,
     Split,
+    StudyResults,
     run_federation,
     summarise,
 )
+from fusion.federation.alarms import SiteAlarm
 
 EXTERNAL = "site-04"
 
@@ -202,6 +204,25 @@ def test_notes_say_which_site_left_and_why(record: StudyRecord) -> None:
     )
     assert "site-02 left the study: unreachable." in table.notes
     assert table.rows[1][0] == "site-02 (left: unreachable)"
+
+
+def test_notes_say_in_a_line_each_what_held_out_patients_gain_and_which_site_to_look_at(
+    record: StudyRecord,
+) -> None:
+    gain = record.results.arms[LOCAL_ONLY].difference
+    assert gain is not None
+    text = f"models is {gain.value:+.3f} ({gain.low:+.2f} to {gain.high:+.2f})"
+    assert sum(text in note for note in results_table(record).notes) == 1
+    alarms = (SiteAlarm("site-02", "below_chance", -4.15),)
+    results = dataclasses.replace(record.results, alarms=alarms)
+    first, *_ = results_table(dataclasses.replace(record, results=results)).notes
+    assert first == (
+        "Alarm at site-02: patients at higher predicted hazard lived longer (z = -4.2); a person "
+        "has to look at its data, with the site."
+    )
+    bare = dataclasses.replace(record, results=StudyResults(arms={}))
+    assert bare.results.holdout_gain is None
+    assert not any("held-out" in note for note in results_table(bare).notes)
 
 
 def test_reference_columns_appear_for_simulated_data_only(record: StudyRecord) -> None:

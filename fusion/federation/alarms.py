@@ -23,6 +23,11 @@ Alarm = Literal["worse_than_own", "below_chance", "unlike_the_others"]
 # One-sided: of the model at a site, and of a site among others.
 _TELLS: Final = 2.33
 _STANDS_OUT: Final = 3.0
+# What a site reads of itself; of the others it knows nothing.
+_OWN_WORDS: Final[dict[Alarm, str]] = {
+    "below_chance": "those at higher hazard by the consortium's model lived longer",
+    "worse_than_own": "the consortium's model orders them worse than this site's own",
+}
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,21 @@ class SiteAlarm:
     z: float
 
 
-def holdout_gain(plan: FederationPlan, evaluations: Mapping[str, m.Evaluation]) -> Estimate | None:
-    """Concordance of the consortium's model less that of the sites' own, pooled over test rows.
+def holdout_gain(
+    plan: FederationPlan, evaluations: Mapping[str, m.Evaluation], *, over: str = LOCAL_ONLY
+) -> Estimate | None:
+    """Concordance of the consortium's model less that of another arm, pooled over test rows.
 
-    Above 0 the consortium is worth it. None where no site tells of both.
+    Above 0 the consortium's is the better one. None where no site tells of both.
+
+    Parameters
+    ----------
+    over
+        One of the plan's ``scored``; the models of the sites alone, unless told otherwise.
     """
     from fusion.evaluation import PairCounts, concordance_difference
 
-    row = plan.scored.index(LOCAL_ONLY)
+    row = plan.scored.index(over)
     both = [e for e in evaluations.values() if e.pairs[0].any() and e.pairs[row].any()]
     if not both:
         return None
@@ -84,6 +96,26 @@ def site_alarms(
         ]
         found += [SiteAlarm(site, reason, z) for reason, z, least in tested if z < least]
     return tuple(found)
+
+
+def own_warnings(plan: FederationPlan, evaluation: m.Evaluation) -> list[str]:
+    """Say to a site alone where the consortium's model fails on its own held-out rows.
+
+    Parameters
+    ----------
+    evaluation
+        Of this site.
+
+    Returns
+    -------
+    list of str
+        One sentence per alarm, with no patient in it, for the site's own log.
+    """
+    return [
+        f"held-out patients: found that {_OWN_WORDS[alarm.reason]} (z = {alarm.z:.1f}); look at "
+        "the coding of event and time, at the units of the inputs, and at how patients are joined"
+        for alarm in site_alarms(plan, {"": evaluation})
+    ]
 
 
 def slope_alarms(

@@ -352,7 +352,7 @@ class Conversation:
     def require_quorum(self) -> None:
         """Raise QuorumNotMet unless enough training sites and patients are left."""
         minimum = self.plan.minimum
-        if not self.roster:
+        if not any(o.trains or o.code for o in self.outcomes.values()):
             raise QuorumNotMet(
                 f"training sites: found none above the minimum of {minimum.patients} patients and "
                 f"{minimum.events} events after the split; add patients or sites"

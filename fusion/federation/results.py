@@ -22,7 +22,6 @@ from fusion.evaluation import (
     SubgroupSums,
     TreatmentSums,
     calibration,
-    concordance_difference,
     concordance_index,
     integrated_brier_score,
     log_rank_sums,
@@ -33,7 +32,8 @@ from fusion.evaluation import (
     survival_from_life_table,
     treatment_comparison,
 )
-from fusion.federation.plan import PROTOCOL, FederationPlan
+from fusion.federation.alarms import holdout_gain
+from fusion.federation.plan import LOCAL_ONLY, PROTOCOL, FederationPlan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -182,6 +182,12 @@ class StudyResults:
     ridge: dict[str, float] = field(default_factory=dict)
     alarms: tuple[SiteAlarm, ...] = ()
 
+    @property
+    def holdout_gain(self) -> Estimate | None:
+        """Concordance of the consortium's model less that of the sites' own, on held-out rows."""
+        own = self.arms.get(LOCAL_ONLY)
+        return None if own is None else own.difference
+
 
 def summarise(
     fitted: Fitted, left_out: Mapping[tuple[str, ...], Fitted | str] | None = None
@@ -220,7 +226,7 @@ def _arm_result(arm: str, fitted: Fitted) -> ArmResult:
         arm=arm,
         concordance=_concordance([e.pairs[row] for e in released.values()]),
         by_site=_by_site({s: e.pairs[row] for s, e in released.items()}),
-        difference=_difference(row, list(released.values())) if row else None,
+        difference=holdout_gain(plan, released, over=arm) if row else None,
         uno=_concordance([e.uno[row] for e in released.values()]),
         auc=_concordance([e.auc[row] for e in released.values()]),
         calibration_slope=fitted.calibration_slope if arm == PROTOCOL else None,
@@ -255,21 +261,6 @@ def _tables(row: int, released: dict[str, Evaluation], plan: FederationPlan) -> 
         "log_rank": _log_rank([log_rank_sums(t) for t in tables]),
         "calibration": calibration(cells) if cells else None,
     }
-
-
-def _difference(row: int, parts: Sequence[Evaluation]) -> Estimate | None:
-    """Concordance of the first arm less that of another, at the sites that tell of both."""
-    both = [e for e in parts if e.pairs[0].any() and e.pairs[row].any()]
-    if not both:
-        return None
-    try:
-        return concordance_difference(
-            [PairCounts.from_vector(e.pairs[0]) for e in both],
-            [PairCounts.from_vector(e.pairs[row]) for e in both],
-            [float(e.cross[row]) for e in both],
-        )
-    except ValueError:  # no comparable pair, or a site whose counts do not agree
-        return None
 
 
 def _by_site(vectors: dict[str, Floats]) -> dict[str, Estimate]:

@@ -11,6 +11,7 @@ import numpy as np
 from fusion import messages as m
 from fusion.averaging import LocalSteps, local_update
 from fusion.discrete import hazard_sums, hazard_weights
+from fusion.federation.alarms import own_warnings
 from fusion.federation.answered import AnswerLedger
 from fusion.federation.checks import is_within
 from fusion.federation.designs import NotReleased, SiteDesigns
@@ -24,7 +25,7 @@ from fusion.federation.plan import (
 )
 from fusion.federation.private_fitting import OPENING, SitePrivacy, schedule
 from fusion.federation.rows import Split
-from fusion.federation.self_check import self_check
+from fusion.federation.self_check import model_fault, self_check
 from fusion.federation.site_evaluation import evaluate_site, personal_coefficients
 from fusion.federation.totals import is_added
 from fusion.keys import digest
@@ -82,6 +83,9 @@ class SiteStudy:
         What was answered about these rows before, in whatever run; a fresh one where None.
     on_error
         Called with any unexpected exception, for the site's own log; only a code leaves.
+    on_warning
+        Called with one sentence for each way in which the consortium's model does not fit this
+        site's own rows, for the site's own log; nothing of it leaves.
 
     Notes
     -----
@@ -98,6 +102,7 @@ class SiteStudy:
         book: Book | None = None,
         ledger: PrivacyLedger | None = None,
         on_error: Callable[[Exception], None] | None = None,
+        on_warning: Callable[[str], None] | None = None,
     ) -> None:
         self.designs = SiteDesigns(plan, rows)
         self._book = AnswerLedger().open("") if book is None else book
@@ -105,6 +110,7 @@ class SiteStudy:
         self._ledger = ledger
         self._noisy: SitePrivacy | None = None
         self._on_error = on_error
+        self._on_warning = on_warning
         self._trains_here: bool | None = None
         self._approved = plan
         self._grid_agreed = False
@@ -206,7 +212,11 @@ class SiteStudy:
         if part is None:
             plan = self._approved.left_out_plan(run)
             part = self._left_out[run] = SiteStudy(
-                plan, self.rows, book=self._book, on_error=self._on_error
+                plan,
+                self.rows,
+                book=self._book,
+                on_error=self._on_error,
+                on_warning=self._on_warning,
             )
         return part
 
@@ -445,6 +455,8 @@ class SiteStudy:
         if request.step == OPENING:
             found[0, 0] = end.opening()
             return m.PrivateSteps(found)
+        if PROTOCOL in request.fits:
+            self._require_described()
         for row, fit in enumerate(request.fits):
             if fit != PROTOCOL and not self.contributes(fit):
                 continue
@@ -457,6 +469,14 @@ class SiteStudy:
                 fit, request.step, request.coefficients[row, :p], inputs=inputs, outcome=outcome
             )
         return m.PrivateSteps(found)
+
+    def _require_described(self) -> None:
+        """Refuse what rests on the consortium's encoders at a site begun in the midst of a run.
+
+        Under a budget each site scales for itself, so that nothing else that it lacks would show.
+        """
+        if self.plan.private and self._trains_here is None:
+            raise NotReleased("malformed_request")
 
     def _set_encoders(self, request: m.SetEncoders) -> m.Done:
         fitted = dict(zip(request.fits, request.coefficients, strict=True))
@@ -639,6 +659,7 @@ class SiteStudy:
         return self._fusion_log_hazard(arm, self.designs.test_inputs(arm), coefficients)
 
     def _evaluate(self, request: m.AskEvaluation) -> m.Evaluation:
+        self._require_described()
         test = self.designs.test
         if int(test.event.sum()) < self.plan.minimum.test_events:
             raise NotReleased("below_minimum_events")
@@ -655,7 +676,25 @@ class SiteStudy:
         scored += [self._own_log_hazard(), self._personal_log_hazard(request)]
         self.designs.slope = scored[0]
         self.designs.slope_baseline = request.baseline[0][: self.plan.n_baseline]
-        return evaluate_site(request, self.designs, scored)
+        evaluated = evaluate_site(request, self.designs, scored)
+        self._warn(evaluated)
+        return evaluated
+
+    def _warn(self, evaluated: m.Evaluation) -> None:
+        """Tell this site's own log, and nobody else, where the model does not fit its rows."""
+        if self._on_warning is None:
+            return
+        for sentence in own_warnings(self.plan, evaluated):
+            self._on_warning(sentence)
+        fault = self._encoders_fault() if self.trains else None
+        if fault is not None:
+            self._on_warning(fault)
+
+    def _encoders_fault(self) -> str | None:
+        """Ask of the consortium's encoders what the site asked of its own before it took part."""
+        of_consortium = [x in self.plan.shared for x in self.plan.modalities]
+        columns = self.columns(PROTOCOL).train[:, of_consortium]
+        return model_fault(list(columns.T), self.rows.train)
 
     def _own_log_hazard(self) -> Floats | None:
         own = self.own_model()
