@@ -35,6 +35,7 @@ _CHUNK_BYTES: Final = 1 << 20
 # Whoever has these can act as the party, or undo the site's pseudonyms.
 _SECRET: Final = (
     "site.toml", "identity*.key", "*.key", "*.auth", "kits/**", "kit/**", "authority/**",
+    ".mlflow/**",
 )  # fmt: skip
 # Made anew, or of a process that runs.
 _PASSING: Final = (

@@ -12,14 +12,23 @@ import threading
 import time
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 
+from flows.identity import identity, public_key
+from flows.mlflow_store import client_of
+from flows.model_signing import load_signed
+from flows.prefect_api import PrefectApi
+from flows.registry import track_study
+from flows.services import prefect_server
+from fusion.federation.consortium import COORDINATOR
 from infra.backup import SUMS, BackupError, back_up, main, restore, verify
+from infra.settings import Workspace
 from tests.postgres import postgres_program, postgres_server
+from tests.simulated_record import full_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +37,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "infra" / "scripts"
 SECRETS = {
     "site.toml", "identity.key", "identity-next.key", "coordinator/identity.key",
     "kits/site-a/startup/client.key", "kits/authority/bladder/state/cert.json",
-    "services/prefect.auth",
+    "services/prefect.auth", ".mlflow/credentials",
 }  # fmt: skip
 KEPT = {
     "study.toml", "manifest.csv", "cohort.h5mu", "identity.pub", "identity-20260101.pub",
@@ -37,7 +46,7 @@ KEPT = {
 }  # fmt: skip
 PASSING = {
     "services.json", "logs/consilium.log", "kits/site-a/service.lock", "services/serve.lock",
-    ".partial-cohort-x.h5mu", "features/.partial-y/a.h5",
+    "site.lock", ".partial-cohort-x.h5mu", "features/.partial-y/a.h5",
 }  # fmt: skip
 DATABASES = ("mlflow.db", "prefect/prefect.db")
 
@@ -248,7 +257,7 @@ def test_the_scripts_save_and_restore(party: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_databases_of_a_server_are_saved_and_restored(party: Path, tmp_path: Path) -> None:
     assert postgres_program("pg_dump") is not None
-    made = ("consilium_prefect", "consilium_mlflow")
+    made = ("consilium_prefect", "consilium_mlflow", "consilium_mlflow_auth")
     with postgres_server(tmp_path, databases=made) as url:
         base = url.rpartition("/")[0]
         for name in made:
@@ -296,3 +305,115 @@ def test_databases_of_a_server_are_saved_and_restored(party: Path, tmp_path: Pat
                 found = connection.execute("SELECT name FROM runs LIMIT 1").fetchone()
                 assert found == (name,)
         assert names(tmp_path / "again") == KEPT | set(DATABASES)
+
+
+RUN = """
+import os, sys
+from pathlib import Path
+from flows.services import client_settings, prefect_server
+
+home = Path(sys.argv[1])
+with prefect_server(home) as server:
+    os.environ.update(client_settings(server.api_url, home))
+    server.wait_ready()
+    from prefect import flow, task
+    from prefect.artifacts import create_markdown_artifact
+    from prefect.context import get_run_context
+
+    @task
+    def look(number: int) -> int:
+        return number
+
+    @flow(flow_run_name="study-{study}")
+    def study(study: str) -> str:
+        assert [look(x) for x in range(3)] == [0, 1, 2]
+        create_markdown_artifact("| a table |", key="results")
+        return str(get_run_context().flow_run.id)
+
+    print(study("lung"))
+"""
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A coordinator's folder in which Prefect and MLflow did real work; and Prefect's run."""
+    root = tmp_path_factory.mktemp("worked") / "coordinator"
+    root.mkdir()
+    (root / "study.toml").write_text("[study]\n")
+    track_study(
+        full_record(),
+        tracking_uri=Workspace(root=root).mlflow_uri,
+        artifact_root=root / "artifacts",
+        key=identity(root / COORDINATOR),
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RUN, str(root / "prefect")],
+        env={k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return root, done.stdout.split()[-1]
+
+
+def registered_in(root: Path) -> dict[str, Any]:
+    """What MLflow says of the registered version and its run."""
+    client = client_of(Workspace(root=root).mlflow_uri)
+    version = client.get_model_version_by_alias("lung-os-fusion", "candidate")
+    run = client.get_run(version.run_id)
+    return {
+        "version": version.version, "tags": version.tags, "run": run.info.run_id,
+        "metrics": run.data.metrics, "params": run.data.params,
+    }  # fmt: skip
+
+
+@contextmanager
+def logging_to(uri: str) -> Iterator[None]:
+    """Write runs to MLflow over and over, as a study does that goes on during a backup."""
+    client, stop = client_of(uri), threading.Event()
+    experiment = client.create_experiment("meanwhile")
+
+    def write() -> None:
+        while not stop.is_set():
+            run = client.create_run(experiment).info.run_id
+            client.log_metric(run, "one", 1.0)
+            client.log_metric(run, "two", 1.0)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.slow
+def test_what_prefect_and_mlflow_know_is_there_in_another_place(
+    worked: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real schemas, read by the programs that they belong to; the first folder is gone by then."""
+    for name in ("PREFECT_API_URL", "CONSILIUM_TRACKING_URI", "CONSILIUM_MODEL_KEYS"):
+        monkeypatch.delenv(name, raising=False)
+    first, run = worked
+    before = registered_in(first)
+    with logging_to(Workspace(root=first).mlflow_uri):
+        backup = back_up(first, tmp_path / "backups")
+    first.rename(tmp_path / "gone")
+    again = tmp_path / "again"
+    restore(backup, again)
+    after = registered_in(again)
+    assert after == before
+    assert after["tags"]["consilium.signed_by"] == public_key(again / COORDINATOR)
+    assert len(after["metrics"]) > 10
+    model = load_signed("models:/lung-os-fusion@candidate", Workspace(root=again))
+    assert model.unwrap_python_model().model.modalities
+    with prefect_server(again / "prefect") as server:
+        server.wait_ready()
+        api = PrefectApi(server.api_url)
+        (kept,) = api.post("/flow_runs/filter", {})
+        assert (kept["id"], kept["name"], kept["state_type"]) == (run, "study-lung", "COMPLETED")
+        assert len(api.post("/task_runs/filter", {})) == 3
+        (artifact,) = api.post("/artifacts/filter", {})
+        assert (artifact["key"], artifact["data"]) == ("results", "| a table |")
