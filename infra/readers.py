@@ -122,8 +122,7 @@ def add_reader(registry: Registry, study: str, name: str) -> str | None:
     password = secrets.token_urlsafe(18)
     account = {"username": name, "password": password}
     status, told = registry.ask("POST", "2.0/mlflow/users/create", account)
-    is_there = told.get("error_code") == "RESOURCE_ALREADY_EXISTS"
-    if status != 200 and not is_there:
+    if status != 200 and not _is_there(told):
         raise ReaderError(f"account {name}: found status {status}, needed it made")
     readable = {
         "registered_model": f"{study}-fusion",
@@ -132,10 +131,14 @@ def add_reader(registry: Registry, study: str, name: str) -> str | None:
     for kind, which in readable.items():
         right = {"username": name, "resource_type": kind, "resource_id": which}
         wanted = {**right, "permission": "READ"}
-        status, _ = registry.ask("POST", "3.0/mlflow/users/permissions/grant", wanted)
-        if status != 200:
-            raise ReaderError(f"account {name}: found status {status}, needed READ on its {kind}")
-    return None if is_there else password
+        answered, given = registry.ask("POST", "3.0/mlflow/users/permissions/grant", wanted)
+        if answered != 200 and not _is_there(given):
+            raise ReaderError(f"account {name}: found status {answered}, needed READ on its {kind}")
+    return password if status == 200 else None
+
+
+def _is_there(told: Any) -> bool:
+    return isinstance(told, dict) and told.get("error_code") == "RESOURCE_ALREADY_EXISTS"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -613,6 +613,19 @@ def test_the_example_names_every_value_that_is_asked_for(path: Path) -> None:
     assert given == asked | {"COMPOSE_PROJECT_NAME"}
 
 
+def test_the_page_says_where_commands_run_and_such_containers_are_there() -> None:
+    page = (INFRA / "README.md").read_text()
+    parts = {name for _, name, _ in (x.values for x in services())}
+    named = re.findall(r"docker compose exec (?:-T |--env \S+ )*(\S+)", page)
+    assert {"services", "federation", "postgres"} == set(named) <= parts
+    found = {one["name"] for _, _, one in (x.values for x in kubernetes_containers())}
+    assert {"services", "federation"} == set(re.findall(r" -c (\w+) --", page)) <= found
+    for party in ("site", "coordinator"):
+        where = f"kubectl -n consilium-{party} exec deploy/party -c services --"
+        assert f"{where} consilium deploy\n" in page
+    assert page.count("docker compose exec services consilium deploy ") == 2
+
+
 def test_addresses_are_examples() -> None:
     """Nothing in these files points anywhere real before somebody puts an address in."""
     text = "".join(param.values[0].read_text() for param in all_texts())
