@@ -140,6 +140,7 @@ def test_every_round_is_told(study: Study) -> None:
     assert all(r.bytes_sent > 0 and r.bytes_received > 0 for r in told)
 
 
+@pytest.mark.border
 def test_a_site_below_its_minimum_stays_out_and_the_run_goes_on() -> None:
     rows = small() | {"site-09": site_rows(40, 9)}
     fitted = run(rows, ANY_CELL)
@@ -156,6 +157,7 @@ def test_a_site_whose_own_encoders_failed_still_trains() -> None:
     assert_equals_pooled(fitted, rows, ANY_CELL)
 
 
+@pytest.mark.border
 @pytest.mark.parametrize("round_of_sums", [1, 3, 5])
 def test_a_site_lost_while_encoders_are_fitted_leaves_the_fit_of_the_others(
     round_of_sums: int,
@@ -178,6 +180,7 @@ def test_a_site_lost_while_encoders_are_fitted_leaves_the_fit_of_the_others(
     assert fitted.n_patients == sum(len(r.train) for r in left.values())
 
 
+@pytest.mark.border
 def test_a_site_lost_before_anything_was_agreed_leaves_the_study_of_the_others() -> None:
     rows = small()
     transport = Flaky(
@@ -187,6 +190,7 @@ def test_a_site_lost_before_anything_was_agreed_leaves_the_study_of_the_others()
     assert_equals_pooled(fitted, {s: r for s, r in rows.items() if s != "site-02"}, ANY_CELL)
 
 
+@pytest.mark.border
 def test_when_the_only_site_with_a_modality_leaves_the_others_go_on() -> None:
     rows = small()
     for site in ("site-01", "site-03"):
@@ -222,6 +226,7 @@ SPOILED: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+@pytest.mark.border
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED.keys())
 @pytest.mark.parametrize(
     "kind",
@@ -252,6 +257,7 @@ class _Broken(dict):  # type: ignore[type-arg]
         raise OSError("cannot read /data/patients/DOE_JANE_1954/ct.h5")
 
 
+@pytest.mark.border
 def test_what_goes_wrong_at_a_site_leaves_as_a_code() -> None:
     rows = small()
     rows["site-02"] = replace(rows["site-02"], tables=_Broken(rows["site-02"].tables))
@@ -266,6 +272,7 @@ def test_what_goes_wrong_at_a_site_leaves_as_a_code() -> None:
     assert [s.code for s in fitted.sites] == ["", "site_error", ""]
 
 
+@pytest.mark.border
 def test_too_few_sites_or_patients_are_no_quorum() -> None:
     with pytest.raises(QuorumNotMet, match="found 1, needed at least 2"):
         run({"site-01": site_rows(400, 1)}, PLAN)
@@ -280,6 +287,7 @@ def test_too_few_sites_or_patients_are_no_quorum() -> None:
         )
 
 
+@pytest.mark.border
 def test_only_where_nobody_ever_passed_are_patients_said_to_be_too_few() -> None:
     class Gone(InProcess):
         """Sites of which none is reached any more from some request on."""
@@ -302,6 +310,7 @@ def test_only_where_nobody_ever_passed_are_patients_said_to_be_too_few() -> None
             )
 
 
+@pytest.mark.border
 def test_another_run_or_protocol_is_refused() -> None:
     study = SiteStudy(PLAN, site_rows(300, 1))
     describe = m.Describe(RUN, PLAN.protocol, PLAN.modalities, True)

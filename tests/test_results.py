@@ -313,6 +313,7 @@ def test_without_a_comparison_nothing_is_told_of_treatments() -> None:
     assert (results.subgroups, results.treatment, results.net_benefit) == ((), (), None)
 
 
+@pytest.mark.border
 def test_a_site_without_a_record_of_a_variable_tells_nothing_of_it() -> None:
     rows = large()
     rows["site-03"].subgroups.pop("sex")
@@ -325,6 +326,7 @@ def test_a_site_without_a_record_of_a_variable_tells_nothing_of_it() -> None:
     assert fitted.evaluations["site-01"].subgroup_pairs.any(axis=1).all()
 
 
+@pytest.mark.border
 def test_tables_with_a_small_cell_cross_as_zeros(guarded: Study) -> None:
     plan, n_intervals = guarded.fitted.plan, len(guarded.fitted.plan.edges_days)
     cell, seen_small = plan.minimum.cell, False
@@ -349,6 +351,7 @@ def test_tables_with_a_small_cell_cross_as_zeros(guarded: Study) -> None:
     assert seen_small
 
 
+@pytest.mark.border
 def test_hidden_figures_are_none_and_shown_ones_order_the_groups(
     study: Study, guarded: Study
 ) -> None:
@@ -369,6 +372,7 @@ def test_hidden_figures_are_none_and_shown_ones_order_the_groups(
     assert all(r.survival is None or np.isnan(r.survival.value).all() for r in hidden.treatment)
 
 
+@pytest.mark.border
 def test_subgroups_that_part_the_patients_almost_alike_are_told_once() -> None:
     """The few between female of one column and male of another follow by subtraction."""
     for swapped in (False, True):
@@ -385,6 +389,7 @@ def test_subgroups_that_part_the_patients_almost_alike_are_told_once() -> None:
         assert not reply.subgroup_pairs[2:].any()
 
 
+@pytest.mark.border
 def test_risk_groups_that_differ_by_a_few_patients_are_told_once() -> None:
     rows = site_rows(900, 1, absent=0.0)
     plan = replace(PLAN, minimum=MinimumCounts(cell=2))
@@ -403,6 +408,7 @@ def test_risk_groups_that_differ_by_a_few_patients_are_told_once() -> None:
     assert tables(0.05) == [True, True]
 
 
+@pytest.mark.border
 def test_brier_sums_of_single_times_stay_at_the_site(guarded: Study) -> None:
     model = guarded.fitted.models[PROTOCOL]
     for site, evaluation in guarded.fitted.evaluations.items():

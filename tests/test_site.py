@@ -40,6 +40,8 @@ from tests.strategies import messages
 
 pytestmark = pytest.mark.border
 
+pytestmark = pytest.mark.border
+
 N_ARMS = len(PLAN.arms)
 NETWORKED = replace(
     PLAN,

@@ -13,12 +13,15 @@ from fusion import messages as m
 from fusion.discrete import SITE_PRECISION, at_risk_and_events
 from fusion.federation import PROTOCOL, leave_one_site_out, run_federation, summarise
 from fusion.federation.plan import CALIBRATION_SLOPE, FederationPlan
+from fusion.federation.rows import Outcome, Split
 from fusion.federation.transport import InProcess
 from fusion.privacy import MinimumCounts
 from tests.consortium import ANY_CELL, GRID, PLAN, RUN, Asker, run, site_rows, small, studies_of
 
 if TYPE_CHECKING:
     from fusion.federation.rows import SiteRows
+
+pytestmark = pytest.mark.border
 
 SLIDES_ONLY = np.tile([1.0, 0, 0, 0, 0, 0], (len(PLAN.arms), 1))
 
@@ -41,6 +44,59 @@ def test_a_patient_who_carries_the_weights_is_in_no_weighted_sum() -> None:
     assert not reply.decision.any()
     assert reply.pairs[0].any()  # ranks tell nothing of how far out a patient is
     assert reply.brier[-1].any()
+
+
+# Of one risk group: events and censored of each interval, and who is followed beyond the grid.
+LEAVERS: dict[str, tuple[list[int], list[int], int]] = {
+    "nobody few": ([12, 14], [11, 10], 15),
+    "nobody censored": ([12, 14], [0, 0], 15),
+    "3 censored": ([12, 14], [11, 3], 15),
+    "3 beyond the grid": ([12, 14], [11, 10], 3),
+    "3 at risk, 1 of them censored": ([12, 0], [11, 1], 2),
+    "3 events": ([12, 3], [11, 10], 15),
+}
+
+
+def _with_leavers(*groups: str) -> tuple[SiteRows, list[float]]:
+    """Rows whose test patients leave as said, with one slide's value per risk group; its edges."""
+    edges, event, time, slide = [GRID[1], GRID[-1]], [], [], []
+    for group, name in enumerate(groups):
+        died, lost, beyond = LEAVERS[name]
+        days = [x - 1.0 for x in (*edges, *edges)] + [edges[-1] + 1.0]
+        counts = (*died, *lost, beyond)
+        event += list(np.repeat([True, True, False, False, False], counts))
+        time += list(np.repeat(days, counts))
+        slide += [group - 1.0] * sum(counts)
+    rows = site_rows(900, 1, absent=0.0)
+    n = len(time)
+    train = rows.local["pathology"].train
+    local = {"pathology": Split(train, train.mean() + train.std(ddof=1) * np.array(slide))}
+    test = Outcome(np.array(event), np.array(time))
+    tables = {
+        k: replace(x, test=x.test[np.arange(n) % len(x.test)]) for k, x in rows.tables.items()
+    }
+    subgroups = {k: replace(x, test=x.test[:n]) for k, x in rows.subgroups.items()}
+    rows = replace(
+        rows, test=test, tables=tables, local=local, subgroups=subgroups, treatment=None
+    )  # fmt: skip
+    return rows, edges
+
+
+@pytest.mark.parametrize("few", LEAVERS)
+def test_no_cell_of_few_is_told_whether_they_die_are_lost_or_outlive_the_grid(few: str) -> None:
+    """Whoever is at risk leaves in some way, so that no other cell of a life table can be small."""
+    rows, edges = _with_leavers("nobody few", few, "nobody few")
+    ask = Asker(rows, replace(PLAN, minimum=MinimumCounts())).scaled().gridded(*edges)
+    reply = ask(ask.evaluation(coefficients=SLIDES_ONLY))
+    assert isinstance(reply, m.Evaluation)
+    life = reply.life_table[0].reshape(3, len(edges), 3)
+    if not few.startswith("nobody"):
+        assert not life.any()
+        return
+    died, lost, beyond = LEAVERS[few]
+    assert life[1, :, 1].tolist() == died
+    assert life[1, :, 2].tolist() == lost
+    assert life[1, -1, 0] == died[-1] + lost[-1] + beyond
 
 
 def test_groups_that_are_another_arms_but_for_a_few_are_told_once() -> None:
