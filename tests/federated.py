@@ -89,11 +89,11 @@ def prepared_consortium(root: Path, sizes: Sequence[int] = SIZES) -> tuple[str, 
     study.write_text(study.read_text().replace("[federation]\n", timeout))
     protocol = load_protocol(study)
     for site in sites:
-        _prepare(Workspace(root=root).site(site), protocol)
+        prepare_site(Workspace(root=root).site(site), protocol)
     return sites
 
 
-def _prepare(settings: SiteSettings, protocol: StudyProtocol) -> None:
+def prepare_site(settings: SiteSettings, protocol: StudyProtocol) -> None:
     """Do what the site's flows do, without their server, and with encoders that are none."""
     from flows import site as flow
     from flows.extraction import collect, extract_batch

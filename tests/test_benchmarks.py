@@ -14,9 +14,13 @@ import pandas as pd
 import pytest
 from lifelines.utils import concordance_index
 
+from infra.settings import Workspace
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import ModuleType
+
+    from fusion.federation import Fitted
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOOD = ("Hemoglobin [Mass/volume] in Blood", "Platelets [#/volume] in Blood")
@@ -505,3 +509,39 @@ def test_fewer_sites_than_hide_a_value_are_refused(load: Callable[[str], ModuleT
     with pytest.raises(SystemExit) as ending:
         load("secure_sum").main(["--sites", "2"])
     assert ending.value.code == 2
+
+
+def test_the_cost_of_the_engine_is_that_of_a_run_held_against_one_process(
+    load: Callable[[str], ModuleType], printed: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from flows.links import InMemory
+    from flows.protocol import load_protocol
+    from tests.federated import prepare_site
+
+    class Echoed(InMemory):
+        def time_engine(self, fitted: Fitted) -> dict[str, float]:
+            return {"engine_round_s": 0.5}
+
+    def prepare(root: Path, sites: tuple[str, ...]) -> None:
+        for site in sites:
+            prepare_site(Workspace(root=root).site(site), load_protocol(root / "study.toml"))
+
+    module = load("engine")
+    monkeypatch.setattr(module.os, "sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr(module, "prepare", prepare)
+    monkeypatch.setattr(module, "start_parties", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(module, "set_up_federation", lambda *_: {})
+    monkeypatch.setattr(
+        "flows.links.linked",
+        lambda kind, workspace, protocol, _: nullcontext(
+            Echoed(workspace, protocol, workspace.site_names())
+        ),
+    )
+    found = printed("engine", "--repeat", 1)
+    assert (found["benchmark"], found["sites"], found["patients"]) == ("engine", 3, 300)
+    assert 10 <= found["rounds"] == len(found["round_s"]) < 20
+    assert found["engine_round_s"] == 0.5
+    assert found["ratio"] == pytest.approx(found["median_round_s"] / 0.5, rel=1e-3)
+    assert {"submit_to_result_s", "submit_to_first_round_s", "targets"} <= found.keys()
+    assert found["max_coefficient_gap"] == 0.0
