@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from contextlib import nullcontext
 from itertools import islice
@@ -454,7 +455,8 @@ def test_a_night_of_timers_costs_what_is_new(
     def connect(_: object, root: Path) -> None:
         monkeypatch.setenv("CONSILIUM_ROOT", str(root))
 
-    def night(root: Path) -> float:
+    def night(root: Path) -> tuple[float, int]:
+        before = len(extracted)
         with module.timers(slide=0.0, scan=0.0, counts=0.0):
             batch = extraction.extract_batch
             with monkeypatch.context() as patched:
@@ -463,7 +465,7 @@ def test_a_night_of_timers_costs_what_is_new(
                     lambda one, *more: extracted.append(one) or batch(one, *more),
                 )
                 module.by_loop(root)
-        return 9.0
+        return 9.0, sum(len(one.rows) for one in extracted[before:])
 
     monkeypatch.setattr(module, "prefect_server", lambda _: nullcontext(SimpleNamespace(
         wait_ready=lambda: None
@@ -479,6 +481,35 @@ def test_a_night_of_timers_costs_what_is_new(
     assert found["unchanged_s"] == found["one_new_patient_s"] == 9.0
     assert found["one_new_patient_ratio"] == 0.0
     assert found["timers_alone_s"] == 0.007
+    assert found["extracted"] == {"unchanged": [0], "one_new_patient": [9]}
+
+
+@pytest.mark.slow
+def test_nights_are_timed_on_a_server_and_in_processes_of_their_own() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "orchestration.py"), "--json"]
+    options = ["--patients", "4", "--milliseconds", "20", "--repeat", "1"]
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, timeout=540, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert (found["benchmark"], found["patients"]) == ("orchestration", 4)
+    # A slide, a scan, and the file of counts with all five.
+    assert found["extracted"] == {"unchanged": [0], "one_new_patient": [7]}
+    raw = found["raw"]
+    assert set(raw) == {
+        "cold_flow_s", "by_flow_s", "by_loop_s", "unchanged_s", "one_new_patient_s",
+    }  # fmt: skip
+    assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in raw.values())
+    (flow_s,), (loop_s,) = raw["by_flow_s"], raw["by_loop_s"]
+    assert min(flow_s, loop_s) >= found["timers_alone_s"] == 0.1
+    assert found["overhead"] == pytest.approx(flow_s / loop_s - 1, abs=0.02)
+    assert [found["unchanged_s"], found["one_new_patient_s"]] == [
+        raw["unchanged_s"][0], raw["one_new_patient_s"][0],
+    ]  # fmt: skip
+    added_s = found["one_new_patient_s"] - found["unchanged_s"]
+    assert found["one_new_patient_ratio"] == pytest.approx(added_s / 6, abs=0.01)
+    assert found["targets"] == {"overhead": 0.05, "unchanged_s": 20, "one_new_patient_s": 32}
 
 
 def test_waiting_is_shared_out_between_threads(load: Callable[[str], ModuleType]) -> None:
