@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from flows.extraction import Ledger, bag_path
 from flows.identity import public_key
 from flows.lineage import find_snapshot, last_cohort
+from flows.lineage_decisions import check_decisions
+from flows.lineage_items import COORDINATOR, FAULTS, NOT_THERE, Item, counted, item_values
+from flows.lineage_logged import check_shown
 from flows.model_signing import (
     ModelNotTrusted,
     model_faults,
@@ -27,56 +29,23 @@ from modalities.cohort import DataError, read_manifest
 from modalities.files import digest_path
 from modalities.pathology import read_marks
 
+__all__ = ["FAULTS", "Item", "check_lineage", "check_site", "item_values"]
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from mudata import MuData
 
     from flows.lineage import Lineage
+    from flows.lineage_items import State
     from flows.protocol import ModalitySpec, StudyProtocol
     from flows.provenance import Provenance
     from infra.settings import SiteSettings
     from modalities.cohort import ManifestRow
 
-State = Literal["whole", "changed", "missing", "elsewhere"]
-FAULTS: Final = ("changed", "missing")
 _INPUT: Final = "input_digest"
-
-
-@dataclass(frozen=True)
-class Item:
-    """One part of a version's lineage.
-
-    Attributes
-    ----------
-    party
-        ``coordinator`` or the name of a site.
-    name
-        What it is; no patient and no path.
-    state
-        ``elsewhere``: not on this machine, so that nothing is known of it.
-    file
-        Where it is, relative to the party's folder; for the terminal at the party only.
-    why
-        What was found, where that is not plain.
-    """
-
-    party: str
-    name: str
-    state: State
-    file: str = ""
-    why: str = ""
-
-    def sentence(self) -> str:
-        """One line for the terminal of the party."""
-        at = f" ({self.file})" if self.file and self.file != self.name else ""
-        why = f": {self.why}" if self.why else ""
-        state = "not on this machine" if self.state == "elsewhere" else self.state
-        return f"{self.party}: {self.name}{at}: {state}{why}"
-
-
-COORDINATOR: Final = "coordinator"
+_DOSSIER: Final = "dossier/"  # it is written anew with every decision
 
 
 def check_lineage(found: Lineage) -> list[Item]:
@@ -90,6 +59,8 @@ def check_lineage(found: Lineage) -> list[Item]:
         *_statement_items(found, said),
         *_model_items(found, said),
         *_artifact_items(found, said),
+        *check_shown(found, said),
+        *check_decisions(found),
         *_folder_items(found, said),
         *_code_items(said),
     ]
@@ -112,15 +83,6 @@ def _statement_items(found: Lineage, said: Provenance) -> Iterator[Item]:
     else:
         why = "" if keys else "no key of the coordinator is here to hold its signature against"
         yield Item(COORDINATOR, LINEAGE_FILE, "whole", why=why)
-    tags = found.version.tags
-    for name, value in said.tags().items():
-        if tags.get(name) != value:
-            yield Item(COORDINATOR, f"tag {name} of the version", "changed")
-    inputs = found.client.get_run(found.version.run_id).inputs
-    digests = {x.dataset.name: x.dataset.digest for x in inputs.dataset_inputs}
-    for site, cohort in said.cohorts.items():
-        if not digests.get(site) or not cohort.startswith(digests[site]):
-            yield Item(COORDINATOR, f"data set {site} of the run", "changed")
 
 
 def _model_items(found: Lineage, said: Provenance) -> Iterator[Item]:
@@ -141,6 +103,10 @@ def _model_items(found: Lineage, said: Provenance) -> Iterator[Item]:
 def _artifact_items(found: Lineage, said: Provenance) -> Iterator[Item]:
     for name, expected in said.artifacts.items():
         yield Item(COORDINATOR, f"artifact {name}", _state(found.run / name, expected))
+    there = {x.relative_to(found.run).as_posix() for x in found.run.rglob("*") if x.is_file()}
+    for name in sorted(there - {*said.artifacts, LINEAGE_FILE}):
+        if not name.startswith(_DOSSIER):
+            yield Item(COORDINATOR, f"artifact {name}", "changed", why=NOT_THERE)
 
 
 def _folder_items(found: Lineage, said: Provenance) -> Iterator[Item]:
@@ -325,17 +291,13 @@ def _raw_items(
             states[place] = (state, why)
     n_whole = sum(state == "whole" for state, _ in states.values())
     if n_whole:
-        yield Item(settings.name, f"{modality}: {_counted(n_whole)} read", "whole")
+        yield Item(settings.name, f"{modality}: {counted(n_whole, 'file')} read", "whole")
     for number, (place, (state, why)) in enumerate(sorted(states.items(), key=str), start=1):
         if state != "whole":
             name = f"{modality}: file {number} of {len(states)}"
             yield Item(settings.name, name, state, _relative(place[0], settings), why)
     if not states:
         yield Item(settings.name, f"{modality}: raw inputs", "elsewhere")
-
-
-def _counted(n_files: int) -> str:
-    return "1 file" if n_files == 1 else f"{n_files} files"
 
 
 def _relative(path: Path, settings: SiteSettings) -> str:
@@ -348,8 +310,3 @@ def _state(path: Path, expected: str) -> State:
     if not path.is_file():
         return "missing"
     return "whole" if digest_path(path) == expected else "changed"
-
-
-def item_values(items: Sequence[Item]) -> list[Mapping[str, Any]]:
-    """Give items as plain values for a program: names and states, no file."""
-    return [{"party": x.party, "item": x.name, "state": x.state} for x in items]

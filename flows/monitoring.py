@@ -21,6 +21,7 @@ from flows.gates import cohorts_of
 from flows.links import linked
 from flows.mlflow_store import OWNER_TAGS, client_of
 from flows.model_signing import ModelNotTrusted
+from flows.noted_tags import EVALUATION, note_tags
 from flows.policy import read_policy
 from flows.progress import RoundProgress
 from flows.promotable import (
@@ -214,6 +215,8 @@ def track_evaluation(
     noted = {ON_TAG: cohorts, ALARMS_TAG: ",".join(raised) or "none", LAST_TAG: run_name}
     for key, value in noted.items():
         client.set_model_version_tag(champion.name, champion.version, key, value)
+    about = {"model": champion.name, "version": int(champion.version)}
+    note_tags(workspace.root, EVALUATION, noted, **about, cohorts=cohorts, alarms=list(raised))
 
 
 def evaluation_metrics(found: Again) -> dict[str, float]:

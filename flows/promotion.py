@@ -41,6 +41,7 @@ from flows.gates import (
 )
 from flows.identity import identity
 from flows.mlflow_store import client_of
+from flows.noted_tags import GATES, PROMOTED, REJECTED, digests_of, note_tags, of_decision
 from flows.policy import read_policy
 from flows.promotable import (
     CHALLENGER,
@@ -198,6 +199,8 @@ def record_gates(workspace: Workspace, case: Case, results: Sequence[GateResult]
     tags["consilium.gates"] = gates_digest(results)
     for key, value in tags.items():
         client.set_model_version_tag(name, str(case.version), key, value)
+    about = {"model": name, "version": case.version, "passed": all_pass(results)}
+    note_tags(workspace.root, GATES, tags, **about)
     aliases = aliases_of(client, name)
     if all_pass(results) and aliases.get(CHAMPION) != case.version:
         client.set_registered_model_alias(name, CHALLENGER, str(case.version))
@@ -216,16 +219,19 @@ def finish(workspace: Workspace, case: Case, request: Request, found: Tally) -> 
         last = found.counted[-1]
         text = kept_reason(workspace.root, request.flow_run, last.reason_digest)
         reject_version(client, case, last, text=text, flow_run=request.flow_run)
-    kind = "promoted" if found.outcome == "approve" else "promotion_rejected"
+    kind, name = PROMOTED if found.outcome == "approve" else REJECTED, model_name(case.study)
+    # Read back: a run that was killed after it wrote them does not write them again.
+    tags = client.get_model_version(name, str(case.version)).tags
     _append_once(
         workspace.root,
         kind,
         {"flow_run": request.flow_run},
-        model=model_name(case.study),
+        model=name,
         version=case.version,
         digest=case.model,
         gates=request.gates,
         by=[signed.approver for signed in found.counted],
+        tags=digests_of(of_decision(tags)),
     )
 
 

@@ -28,14 +28,19 @@ from flows.model_signing import sign_model
 from flows.provenance import LINEAGE_FILE, provenance_of, signed, write_provenance
 from flows.registry_values import (
     ARM_KEYS,
+    COMPLETE_TAG,
     DIGEST_CHARACTERS,
+    LOGGED,
     RUN_TAG,
     arm_key,
+    logged_rounds,
+    logged_values,
     metrics_of,
     owner_tags,
     params_of,
-    round_values,
+    run_name,
     run_tags,
+    shortened,
 )
 from flows.report_files import RECORD
 from flows.reports import is_external, results_table, to_markdown
@@ -50,6 +55,7 @@ if TYPE_CHECKING:
 
     from flows.provenance import Provenance
     from flows.records import StudyRecord
+    from flows.registry_values import LoggedRound
     from fusion.federation import SiteOutcome
     from fusion.keys import SigningKey
 
@@ -59,9 +65,8 @@ __all__ = [
 ]  # fmt: skip
 
 CANDIDATE = "candidate"
+CARD = "model_card.md"
 _TEMPLATE = Path(__file__).resolve().parents[1] / "mlflow" / "model_card.md.template"
-_DONE_TAG = "consilium.complete"
-_MAX_DESCRIPTION = 5000  # the registry's column
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def find_version(tracking_uri: str, study: str, run: str) -> Registered | None:
     if tracking_uri.startswith(SQLITE) and not database_of(tracking_uri).exists():
         return None
     found = _version_of(client_of(tracking_uri), study, run)
-    return _reused(found) if found is not None and _DONE_TAG in found.tags else None
+    return _reused(found) if found is not None and COMPLETE_TAG in found.tags else None
 
 
 def track_study(
@@ -247,20 +252,20 @@ def _log_study(
     params = params_of(record)
     ends_ms = now_ms()
     starts_ms = ends_ms - math.ceil(1000 * sum(r.seconds for r in record.fitted.rounds))
-    run = client.create_run(
-        experiment, start_time=starts_ms, tags=tags, run_name=f"study-{record.run[:8]}"
-    )
+    run = client.create_run(experiment, start_time=starts_ms, tags=tags, run_name=run_name(record))
     run_id = run.info.run_id
     model = client.create_logged_model(
         experiment, model_name(record.protocol.study.name), run_id, tags=tags, params=params
     )
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    lineage = _log_files(client, record, card, extra, run_id=run_id, model_id=model.model_id)
+    metrics = metrics_of(record, run_id=run_id, model_id=model.model_id, timestamp_ms=ends_ms)
+    rounds = logged_rounds(record, starts_ms=starts_ms)
+    texts = {CARD: card, LOGGED: _json(logged_values(record, metrics, rounds))}
+    lineage = _log_files(client, record, texts, extra, run_id=run_id, model_id=model.model_id)
     client.finalize_logged_model(model.model_id, "READY")
     client.log_inputs(run_id, _dataset_inputs(record))
-    metrics = metrics_of(record, run_id=run_id, model_id=model.model_id, timestamp_ms=ends_ms)
     client.log_batch(run_id, metrics, [Param(k, v) for k, v in params.items()])
-    _log_rounds(client, experiment, record, run_id=run_id, starts_ms=starts_ms)
+    _log_rounds(client, experiment, rounds, tags=owner_tags(record), run_id=run_id)
     client.set_terminated(run_id, end_time=ends_ms)
     return run_id, model.model_id, lineage.tags()
 
@@ -268,20 +273,26 @@ def _log_study(
 def _log_files(
     client: MlflowClient,
     record: StudyRecord,
-    card: str,
+    texts: Mapping[str, str],
     extra: _Extra,
     *,
     run_id: str,
     model_id: str,
 ) -> Provenance:
-    """Write and log the model and the run's artifacts, signed, with the statement over them."""
+    """Write and log the model and the run's artifacts, signed, with the statement over them.
+
+    Parameters
+    ----------
+    texts
+        Files to write as they are, by name.
+    """
     with TemporaryDirectory() as folder:
         model, run = Path(folder) / "model", Path(folder) / "run"
         _save_model(model, record, run_id=run_id, model_id=model_id)
         names = {"study": record.protocol.study.name, "run": record.run}
         signature = None if extra.key is None else sign_model(model, extra.key, **names)
         client.log_model_artifacts(model_id, str(model))
-        _save_artifacts(run, record, card)
+        _save_artifacts(run, record, texts)
         for path in () if extra.report is None else (extra.report, extra.report.with_name(RECORD)):
             shutil.copy(path, run)
         lineage = provenance_of(record, study_file=extra.study_file, model=signature, artifacts=run)
@@ -292,24 +303,27 @@ def _log_files(
 
 
 def _log_rounds(
-    client: MlflowClient, experiment: str, record: StudyRecord, *, run_id: str, starts_ms: int
+    client: MlflowClient,
+    experiment: str,
+    rounds: Sequence[LoggedRound],
+    *,
+    tags: Mapping[str, str],
+    run_id: str,
 ) -> None:
-    """Log a child run per communication round, at the times it took, one after another."""
+    """Log a child run per communication round."""
     from mlflow.entities import Metric, Param
 
-    tags = {**owner_tags(record), "mlflow.parentRunId": run_id}
-    ends_s = 0.0
-    for done in record.fitted.rounds:
-        begins_ms, ends_s = starts_ms + round(1000 * ends_s), ends_s + done.seconds
-        ends_ms = starts_ms + round(1000 * ends_s)
-        name = f"round-{done.number:02d}-{done.stage}"
-        child = client.create_run(experiment, start_time=begins_ms, tags=tags, run_name=name)
+    of_child = {**tags, "mlflow.parentRunId": run_id}
+    for done in rounds:
+        child = client.create_run(
+            experiment, start_time=done.begins_ms, tags=of_child, run_name=done.name
+        )
         client.log_batch(
             child.info.run_id,
-            [Metric(key, value, ends_ms, done.number) for key, value in round_values(done).items()],
+            [Metric(k, v, done.ends_ms, done.number) for k, v in done.metrics.items()],
             [Param("stage", done.stage), Param("round", str(done.number))],
         )
-        client.set_terminated(child.info.run_id, end_time=ends_ms)
+        client.set_terminated(child.info.run_id, end_time=done.ends_ms)
 
 
 def _dataset_inputs(record: StudyRecord) -> list[DatasetInput]:
@@ -355,9 +369,10 @@ def _dataset(site: SiteOutcome) -> Any:
     return MetaDataset(SiteSource(), name=site.site, digest=site.cohort[:DIGEST_CHARACTERS])
 
 
-def _save_artifacts(folder: Path, record: StudyRecord, card: str) -> None:
+def _save_artifacts(folder: Path, record: StudyRecord, texts: Mapping[str, str]) -> None:
     (folder / "figures").mkdir(parents=True)
-    (folder / "model_card.md").write_text(card, encoding="utf-8")
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
     table = to_markdown(results_table(record))
     (folder / "results.md").write_text(table, encoding="utf-8")
     encoders = {name: encoder.to_dict() for name, encoder in record.fitted.encoders.items()}
@@ -370,7 +385,11 @@ def _save_artifacts(folder: Path, record: StudyRecord, card: str) -> None:
 
 
 def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(_json(values), encoding="utf-8")
+
+
+def _json(values: Any) -> str:
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
 def _save_model(folder: Path, record: StudyRecord, *, run_id: str, model_id: str) -> None:
@@ -447,19 +466,12 @@ def _register(
         model_id=model_id,
         tags={k: v for k, v in run_tags(record).items() if not k.startswith("mlflow.")}
         | dict(lineage),
-        description=_shortened(card),
+        description=shortened(card),
     )
-
-
-def _shortened(card: str) -> str:
-    if len(card) <= _MAX_DESCRIPTION:
-        return card
-    pointer = "\n\n(shortened; the whole card is the run's artifact model_card.md)\n"
-    return card[: _MAX_DESCRIPTION - len(pointer)].rsplit("\n", 1)[0] + pointer
 
 
 def _point_candidate_at(client: MlflowClient, found: ModelVersion) -> None:
     """Set the alias once: a later call must not take it back from a later candidate."""
-    if _DONE_TAG not in found.tags:
+    if COMPLETE_TAG not in found.tags:
         client.set_registered_model_alias(found.name, CANDIDATE, found.version)
-        client.set_model_version_tag(found.name, found.version, _DONE_TAG, "true")
+        client.set_model_version_tag(found.name, found.version, COMPLETE_TAG, "true")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from flows.mlflow_store import OWNER_TAGS
@@ -12,6 +13,8 @@ from flows.reports import is_external
 from fusion.federation import LOCAL_ENCODERS, LOCAL_ONLY, PERSONALISED, PROTOCOL
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mlflow.entities import Metric
 
     from flows.records import StudyRecord
@@ -26,6 +29,9 @@ ARM_KEYS: Final = {
 }
 RUN_TAG: Final = "consilium.run"
 DIGEST_CHARACTERS: Final = 32  # of at most 36 that MLflow keeps
+LOGGED: Final = "logged.json"
+COMPLETE_TAG: Final = "consilium.complete"
+_MAX_DESCRIPTION: Final = 5000  # the registry's column
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -40,6 +46,72 @@ def round_values(done: RoundRecord) -> dict[str, float]:
         "objective": done.objective,
     }
     return {key: value for key, value in found.items() if math.isfinite(value)}
+
+
+@dataclass(frozen=True)
+class LoggedRound:
+    """A communication round as MLflow shows it: a run of its own below the study's.
+
+    Attributes
+    ----------
+    begins_ms, ends_ms
+        In milliseconds since 1970.
+    """
+
+    name: str
+    stage: str
+    number: int
+    begins_ms: int
+    ends_ms: int
+    metrics: dict[str, float]
+
+
+def logged_rounds(record: StudyRecord, *, starts_ms: int) -> list[LoggedRound]:
+    """Give the rounds of a run at the times they took, one after another."""
+    found, ends_s = [], 0.0
+    for done in record.fitted.rounds:
+        begins_ms, ends_s = starts_ms + round(1000 * ends_s), ends_s + done.seconds
+        ends_ms = starts_ms + round(1000 * ends_s)
+        name = f"round-{done.number:02d}-{done.stage}"
+        found.append(
+            LoggedRound(name, done.stage, done.number, begins_ms, ends_ms, round_values(done))
+        )
+    return found
+
+
+def run_name(record: StudyRecord) -> str:
+    """Name of a study's run in MLflow."""
+    return f"study-{record.run[:8]}"
+
+
+def logged_values(
+    record: StudyRecord, metrics: Sequence[Metric], rounds: Sequence[LoggedRound]
+) -> dict[str, Any]:
+    """Give everything that is written to MLflow's tables, to be signed beside it.
+
+    Whoever may write to its database could show other figures than the run had.
+    """
+    return {
+        "name": run_name(record),
+        "tags": run_tags(record),
+        "params": params_of(record),
+        "metrics": [
+            {
+                "key": x.key, "value": x.value, "step": x.step, "timestamp": x.timestamp,
+                "of_model": x.model_id is not None, "dataset": x.dataset_name,
+            }
+            for x in metrics
+        ],
+        "rounds": [asdict(x) for x in rounds],
+    }  # fmt: skip
+
+
+def shortened(card: str) -> str:
+    """Give as much of a model card as a version's description holds."""
+    if len(card) <= _MAX_DESCRIPTION:
+        return card
+    pointer = "\n\n(shortened; the whole card is the run's artifact model_card.md)\n"
+    return card[: _MAX_DESCRIPTION - len(pointer)].rsplit("\n", 1)[0] + pointer
 
 
 def owner_tags(record: StudyRecord) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.identity import identity
 from flows.lineage import LineageError, lineage_values, opened_lineage
 from flows.lineage_check import FAULTS, Item, check_lineage
 from flows.mlflow_store import client_of
@@ -22,9 +24,10 @@ from flows.protocol import load_protocol
 from flows.provenance import read_provenance
 from flows.site_registry import register_encoders
 from flows.snapshots import withdraw
+from fusion.audit import AuditLog
 from fusion.keys import SigningKey
 from infra.settings import Workspace
-from tests.lineages import SITES, cohort_of, prepare, register, write_study
+from tests.lineages import SITES, cohort_of, prepare, promote, register, write_study
 
 pytestmark = pytest.mark.border
 
@@ -42,6 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         settings = workspace.site(site)
         assert register_encoders(settings, protocol, cohort_of(settings, protocol)) == 3
     register(workspace)
+    promote(workspace)
     return root
 
 
@@ -91,6 +95,9 @@ def test_a_whole_lineage_has_no_fault(study: Workspace) -> None:
         ("artifacts/*/*/artifacts/encoders.json", "coordinator", "artifact encoders.json"),
         ("artifacts/*/*/artifacts/networks.json", "coordinator", "artifact networks.json"),
         ("artifacts/*/*/artifacts/protocol.json", "coordinator", "artifact protocol.json"),
+        ("artifacts/*/*/artifacts/logged.json", "coordinator", "artifact logged.json"),
+        ("artifacts/*/*/artifacts/model_card.md", "coordinator", "artifact model_card.md"),
+        ("coordinator/audit.jsonl", "coordinator", "audit log"),
         ("artifacts/*/*/artifacts/report.html", "coordinator", "artifact report.html"),
         ("artifacts/*/*/artifacts/figures/*.png", "coordinator", "artifact figures/"),
         ("artifacts/*/*/artifacts/lineage.json", "coordinator", "lineage.json"),
@@ -160,6 +167,11 @@ def test_a_missing_file_is_found_by_name(
     assert [x.state for x in items] == ["elsewhere" if "raw" in named else "missing"]
 
 
+def test_an_added_artifact_is_found(study: Workspace) -> None:
+    one(study, "artifacts/*/*/artifacts/record.json").with_name("better.html").write_text("")
+    assert faults(study) == {("coordinator", "artifact better.html", "changed")}
+
+
 def test_an_added_file_in_the_model_is_found(study: Workspace) -> None:
     (one(study, "artifacts/*/models/*/artifacts/MLmodel").parent / "more.py").write_text("")
     assert faults(study) == {("coordinator", "model: more.py", "changed")}
@@ -170,6 +182,142 @@ def test_a_tag_that_somebody_edited_is_found(study: Workspace) -> None:
     client.set_model_version_tag(NAME, "1", "consilium.protocol", "0" * 64)
     named = "tag consilium.protocol of the version"
     assert faults(study) == {("coordinator", named, "changed")}
+
+
+PARENT = "(SELECT run_uuid FROM runs WHERE name LIKE 'study-%')"
+CHILD = "(SELECT run_uuid FROM runs WHERE name LIKE 'round-03-%')"
+FIGURE = "'federated/concordance'"
+
+
+@pytest.mark.parametrize(
+    ("sql", "named"),
+    [
+        ("UPDATE model_versions SET description = description || '.'", "description of the ver"),
+        ("UPDATE model_version_tags SET value = '1' WHERE key = 'consilium.code'",
+         "tag consilium.code of the version"),
+        ("UPDATE model_version_tags SET value = 'site-01' WHERE key = 'consilium.sites'",
+         "tag consilium.sites of the version"),
+        ("DELETE FROM model_version_tags WHERE key = 'consilium.lowered_minimums'",
+         "tag consilium.lowered_minimums of the version"),
+        ("INSERT INTO model_version_tags (name, version, key, value) "
+         "VALUES ('lung-os-fusion', 1, 'consilium.audited', 'yes')",
+         "tag consilium.audited of the version"),
+        (f"UPDATE tags SET value = 'patients' WHERE key = 'consilium.data' AND run_uuid = {PARENT}",
+         "tag consilium.data of the run"),
+        (f"UPDATE tags SET value = 'other' WHERE key = 'mlflow.user' AND run_uuid = {PARENT}",
+         "tag mlflow.user of the run"),
+        ("UPDATE params SET value = '730' WHERE key = 'study.horizon_days'",
+         "parameter study.horizon_days of the run"),
+        (f"UPDATE latest_metrics SET value = value + 1e-9 WHERE key = {FIGURE}",
+         "metric federated/concordance of the run"),
+        (f"UPDATE metrics SET value = value + 1e-9 WHERE key = {FIGURE}",
+         "history of metric federated/concordance"),
+        ("UPDATE metrics SET timestamp = timestamp + 1 WHERE key = 'n_events'",
+         "history of metric n_events"),
+        ("UPDATE metrics SET value = value / 2 WHERE key = 'objective/fusion' AND step = 10",
+         "history of metric objective/fusion"),
+        (f"UPDATE logged_model_metrics SET metric_value = 0.9 WHERE metric_name = {FIGURE}",
+         "metric federated/concordance of the model"),
+        (f"DELETE FROM logged_model_metrics WHERE metric_name = {FIGURE}",
+         "metric federated/concordance of the model"),
+        ("UPDATE logged_model_metrics SET metric_value = 0.9 "
+         "WHERE metric_name = 'site-02/federated/concordance'",
+         "metric site-02/federated/concordance on site-02 of the model"),
+        ("UPDATE logged_model_params SET param_value = '1' WHERE param_key = 'gates.min_sites'",
+         "parameter gates.min_sites of the model"),
+        ("UPDATE logged_model_tags SET tag_value = '1' WHERE tag_key = 'consilium.code'",
+         "tag consilium.code of the model"),
+        (f"UPDATE latest_metrics SET value = 2 WHERE key = 'n_sites' AND run_uuid = {CHILD}",
+         "round 3 of the run"),
+        (f"UPDATE metrics SET value = 2 WHERE key = 'n_sites' AND run_uuid = {CHILD}",
+         "round 3 of the run"),
+        (f"UPDATE params SET value = 'fusion' WHERE key = 'stage' AND run_uuid = {CHILD}",
+         "round 3 of the run"),
+        (f"UPDATE runs SET lifecycle_stage = 'deleted' WHERE run_uuid = {CHILD}",
+         "round 3 of the run"),
+        ("UPDATE datasets SET dataset_source = replace(dataset_source, 'site-02', 'site-09') "
+         "WHERE name = 'site-02'", "data set site-02 of the run"),
+        ("UPDATE input_tags SET value = 'training'", "data set site-04 of the run"),
+        ("UPDATE model_version_tags SET value = 'passed' WHERE key = 'gate.approvals'",
+         "tag gate.approvals of the version"),
+        ("UPDATE model_version_tags SET value = '0.9' WHERE key = 'gate.concordance.found'",
+         "tag gate.concordance.found of the version"),
+        ("DELETE FROM model_version_tags WHERE key = 'gate.minimum_counts'",
+         "tag gate.minimum_counts of the version"),
+        ("UPDATE model_version_tags SET value = 'x' || substr(value, 2) WHERE key = 'approved_by'",
+         "tag approved_by of the version"),
+        ("UPDATE model_version_tags SET value = '2026-01-01T00:00:00Z' WHERE key = 'approved_at'",
+         "tag approved_at of the version"),
+        ("UPDATE model_version_tags SET value = '2' WHERE key = 'consilium.previous_champion'",
+         "tag consilium.previous_champion of the version"),
+        ("INSERT INTO model_version_tags (name, version, key, value) "
+         "VALUES ('lung-os-fusion', 1, 'consilium.rejected', 'other')",
+         "tag consilium.rejected of the version"),
+        ("DELETE FROM registered_model_aliases WHERE alias = 'champion'", "alias champion"),
+        ("UPDATE registered_model_aliases SET alias = 'challenger' WHERE alias = 'champion'",
+         "alias champion"),
+    ],
+)  # fmt: skip
+def test_what_mlflow_shows_is_held_against_what_was_signed(
+    study: Workspace, sql: str, named: str
+) -> None:
+    with sqlite3.connect(study.root / "mlflow.db") as database:
+        assert database.execute(sql).rowcount > 0
+    database.close()
+    found = faults(study)
+    assert found, sql
+    assert all(party == "coordinator" and name.startswith(named) for party, name, _ in found), found
+
+
+def test_notes_that_people_add_in_mlflow_are_no_faults(study: Workspace) -> None:
+    client = client_of(study.mlflow_uri)
+    run_id = client.get_model_version(NAME, "1").run_id
+    client.set_tag(run_id, "mlflow.note.content", "looked at in May")
+    client.set_model_version_tag(NAME, "1", "discussed", "tumour board")
+    assert faults(study) == set()
+
+
+def test_a_version_that_nobody_promoted_cannot_be_made_to_look_so(study: Workspace) -> None:
+    (study.root / "coordinator" / "audit.jsonl").unlink()
+    assert faults(study) == {("coordinator", "audit log", "missing")}
+    log = AuditLog(
+        study.root / "coordinator" / "audit.jsonl", party="coordinator",
+        key=identity(study.root / "coordinator"),
+    )  # fmt: skip
+    log.append("started")
+    log.close()
+    found = faults(study)
+    assert ("coordinator", "alias champion", "changed") in found
+    assert ("coordinator", "tag approved_by of the version", "changed") in found
+
+
+def test_an_edited_audit_log_is_found_by_name(study: Workspace) -> None:
+    log = study.root / "coordinator" / "audit.jsonl"
+    log.write_text(log.read_text().replace('"counts":true', '"counts":false', 1))
+    assert faults(study) == {("coordinator", "audit log", "changed")}
+
+
+def test_elsewhere_than_at_the_coordinator_decisions_are_not_judged(study: Workspace) -> None:
+    shutil.rmtree(study.root / "coordinator")
+    items = [x for x in verify(study) if x.name == "gates and decisions"]
+    assert [x.state for x in items] == ["elsewhere"]
+
+
+def test_figures_that_mlflow_shows_are_those_of_the_signed_record(study: Workspace) -> None:
+    record = json.loads(one(study, "artifacts/*/*/artifacts/record.json").read_text())
+    logged = json.loads(one(study, "artifacts/*/*/artifacts/logged.json").read_text())
+    figures = {x["key"]: x["value"] for x in logged["metrics"]}
+    arms = record["results"]["arms"]
+    for arm, key in (("protocol", "federated"), ("local_only", "local_only")):
+        for part, end in (("value", ""), ("low", "_low"), ("high", "_high")):
+            assert figures[f"{key}/concordance{end}"] == arms[arm]["concordance"][part]
+    assert figures["n_patients"] == record["totals"]["n_fitted"]
+    assert (
+        figures["site-02/federated/concordance"]
+        == (arms["protocol"]["by_site"]["site-02"]["value"])
+    )
+    assert logged["tags"]["consilium.protocol"] == record["protocol_fingerprint"]
+    assert logged["tags"]["consilium.code"] == record["code_version"]
 
 
 def test_somebody_else_cannot_sign_it_all_anew(study: Workspace) -> None:
@@ -238,7 +386,7 @@ def test_after_a_withdrawal_nothing_is_missed(study: Workspace) -> None:
 def test_the_tree_goes_back_to_the_inputs_and_names_no_file(study: Workspace) -> None:
     with opened_lineage(study) as found:
         values = lineage_values(found)
-        assert found.aliases == ("candidate",)
+        assert found.aliases == ("candidate", "champion")
     assert (values["model"], values["version"]) == (NAME, 1)
     assert len(values["lock"]) == len(values["code"]) == len(values["signed_by"]) == 64
     assert set(values["encoders"]) == {"clinical", "pathology", "radiology"}
@@ -272,7 +420,7 @@ def test_a_version_is_found_by_each_of_its_names(study: Workspace, model: str | 
         assert int(found.version.version) == 1
 
 
-@pytest.mark.parametrize("model", ["other-fusion", f"{NAME}@champion", f"{NAME}/7", "a@b@c"])
+@pytest.mark.parametrize("model", ["other-fusion", f"{NAME}@challenger", f"{NAME}/7", "a@b@c"])
 def test_a_version_that_is_not_there_is_refused(study: Workspace, model: str) -> None:
     with pytest.raises(LineageError, match="model: found"), opened_lineage(study, model):
         raise AssertionError("unreachable")

@@ -18,6 +18,8 @@ import pytest
 from flows import monitoring
 from flows.gates import cohorts_of
 from flows.identity import identity
+from flows.lineage import opened_lineage
+from flows.lineage_check import FAULTS, check_lineage
 from flows.links import InMemory
 from flows.mlflow_store import client_of
 from flows.monitoring import ALARMS_TAG, LAST_TAG, ON_TAG, evaluate_champion
@@ -224,6 +226,30 @@ def test_what_drifted_ends_the_run_as_an_alarm_that_names_it(
     assert champion_of(client).tags[ALARMS_TAG] == ",".join(codes)
     assert run.data.metrics["shift/blood/hb"] > 1.0
     assert abs(run.data.metrics["shift/clinical/age"]) < 0.05
+
+
+def lineage_faults(study: Workspace) -> set[tuple[str, str]]:
+    """What of the coordinator's is not as it was."""
+    with opened_lineage(study) as found:
+        items = check_lineage(found)
+    return {(x.name, x.state) for x in items if x.party == COORDINATOR and x.state in FAULTS}
+
+
+def test_an_alarm_cannot_be_taken_back_in_the_registry(study: Workspace, shown: list[str]) -> None:
+    for site in SITES:
+        leave_cohort(study.root, site, moved=25.0)
+    assert evaluate()[1] == monitoring.ALARM
+    by_hand = {("alias champion", "changed")}  # no promotion is in the audit log of this folder
+    assert lineage_faults(study) == by_hand
+    client = client_of(study.mlflow_uri)
+    client.set_model_version_tag(NAME, "1", ALARMS_TAG, "none")
+    assert lineage_faults(study) == by_hand | {(f"tag {ALARMS_TAG} of the version", "changed")}
+    client.delete_model_version_tag(NAME, "1", ALARMS_TAG)
+    assert lineage_faults(study) == by_hand | {(f"tag {ALARMS_TAG} of the version", "missing")}
+    # The next evaluation is noted in its turn.
+    leave_cohort(study.root, "site-01", more=40)
+    evaluate()
+    assert lineage_faults(study) == by_hand
 
 
 def test_a_modality_that_went_missing_since_the_evaluation_before_is_an_alarm(

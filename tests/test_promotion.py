@@ -287,7 +287,7 @@ def test_an_approved_version_is_the_champion_and_remembers_the_one_before(
     # The process ends while people think: the flow begins anew and is handed the same answers.
     played(monkeypatch, workspace, case_of(version, record), answers)
     assert tags_of(client, version) == tags
-    assert kinds(tmp_path) == ["promotion_decision", "promotion_decision", "promoted"]
+    assert kinds(tmp_path) == ["gates", "promotion_decision", "promotion_decision", "promoted"]
 
 
 def test_a_rejected_version_keeps_why_and_is_no_challenger(
@@ -310,7 +310,7 @@ def test_a_rejected_version_keeps_why_and_is_no_challenger(
     assert tags["consilium.rejected"] == "unfair_to_a_subgroup"
     assert tags["consilium.rejected_reason"] == "too few women"
     assert aliases_of(client, "lung-fusion") == {}
-    assert kinds(tmp_path) == ["promotion_decision", "promotion_rejected"]
+    assert kinds(tmp_path) == ["gates", "promotion_decision", "promotion_rejected"]
 
 
 def test_a_failed_gate_ends_it_with_its_name_and_asks_nobody(
@@ -325,7 +325,8 @@ def test_a_failed_gate_ends_it_with_its_name_and_asks_nobody(
     assert said == []
     assert tags_of(client, version)["gate.signature"] == "failed"
     assert aliases_of(client, "lung-fusion") == {}
-    assert not (tmp_path / COORDINATOR).exists()
+    (entry,) = read_entries(tmp_path / COORDINATOR / LOG_FILE)
+    assert (entry.kind, entry.about["passed"]) == ("gates", False)
 
 
 def test_a_kill_between_alias_and_log_leaves_nothing_undone(
@@ -347,7 +348,7 @@ def test_a_kill_between_alias_and_log_leaves_nothing_undone(
     assert aliases_of(client, "lung-fusion") == {CHAMPION: version}
     monkeypatch.setattr(promotion, "_append_once", append)
     played(monkeypatch, workspace, case_of(version, record), [approving(key)])
-    assert kinds(tmp_path) == ["promotion_decision", "promoted"]
+    assert kinds(tmp_path) == ["gates", "promotion_decision", "promoted"]
     assert tags_of(client, version)["consilium.previous_champion"] == "none"
 
 

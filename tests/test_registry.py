@@ -24,6 +24,7 @@ from flows.mlflow_store import client_of, tracking_at
 from flows.protocol import GateSection, StudyProtocol, read_protocol
 from flows.records import StudyRecord
 from flows.registry import Registered, RegistryError, find_version, model_card, track_study
+from flows.registry_values import shortened
 from fusion.federation import (
     PROTOCOL,
     InProcess,
@@ -236,7 +237,7 @@ def test_artifacts_are_figures_table_card_protocol_and_encoders(
     folder = store.artifacts / "lung" / parent.info.run_id / "artifacts"
     assert {x.name for x in folder.iterdir()} == {
         "figures", "results.md", "model_card.md", "protocol.json", "encoders.json",
-        "networks.json", "lineage.json",
+        "networks.json", "lineage.json", "logged.json",
     }  # fmt: skip
     assert {x.stem for x in (folder / "figures").iterdir()} == {
         "kaplan_meier", "calibration", "modality_weights", "convergence", "ablation",
@@ -366,7 +367,7 @@ def test_a_version_without_its_alias_is_finished_and_a_later_one_kept(
 
 
 def test_a_card_that_is_too_long_points_to_the_whole_one() -> None:
-    short = registry._shortened("word\n" * 2000)
+    short = shortened("word\n" * 2000)
     assert len(short) <= 5000
     assert "model_card.md" in short
 
