@@ -245,9 +245,9 @@ def _pooled_encoder(consortium: Consortium, modality: str) -> dict[str, Floats]:
     from fusion.training import cross_fit, fit_encoder  # torch takes seconds to import
 
     having = {s: x for s, x in consortium.inputs.items() if modality in x.modalities}
-    pool = _pool(consortium, modality)
-    if not pool.sites:
+    if not any(study.contributes(modality) for study in consortium.studies.values()):
         return {s: np.full(len(x.time), np.nan) for s, x in consortium.inputs.items()}
+    pool = _pool(consortium, modality)
     values = [
         take(consortium.inputs[s].modalities[modality].values, a)
         for s, a in zip(pool.sites, pool.at, strict=True)

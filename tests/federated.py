@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -20,7 +21,8 @@ import numpy as np
 
 from fusion import messages as m
 from fusion.federation.consortium import COORDINATOR
-from fusion.federation.plan import CALIBRATION_SLOPE
+from fusion.federation.plan import CALIBRATION_SLOPE, PROTOCOL
+from fusion.federation.private_fitting import OPENING
 from infra.provision import ADMIN
 from infra.settings import STUDY_FILE, Workspace
 
@@ -118,13 +120,20 @@ def prepare_site(settings: SiteSettings, protocol: StudyProtocol) -> None:
 
 @dataclass
 class Loopback:
-    """All parties of a consortium as processes on this machine."""
+    """All parties of a consortium as processes on this machine.
+
+    Attributes
+    ----------
+    decrypted
+        Sites whose traffic the wire reads in the clear.
+    """
 
     root: Path
     protocol: StudyProtocol
     kits: Mapping[str, Path]
     pids: dict[str, int]
     wire: Wire
+    decrypted: set[str] = field(default_factory=set)
     _started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -196,16 +205,26 @@ class Wire:
     kits
         Start-up kits, to read what passes in the clear: the wire then ends the sites' encryption
         in the coordinator's name, and goes on in each site's. Without them it only passes bytes.
+    ends
+        Names of those who have a port of their own here, and can be cut off alone.
     """
 
-    def __init__(self, port: int, heard: Path, kits: Mapping[str, Path] | None = None) -> None:
+    def __init__(
+        self,
+        port: int,
+        heard: Path,
+        kits: Mapping[str, Path] | None = None,
+        *,
+        ends: Iterable[str] = ("",),
+    ) -> None:
         self._target, self._kits = port, kits
         self._heard = heard.open("ab")
         self._loop = asyncio.new_event_loop()
-        self._open: set[asyncio.StreamWriter] = set()
-        self._is_cut = False
+        self._servers: list[asyncio.Server] = []
+        self._open: dict[asyncio.StreamWriter, str] = {}
+        self._cut: set[str] = set()
         self.parties: set[str] = set()
-        self.port = 0
+        self.ports = dict.fromkeys(ends, 0)
 
     def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -220,34 +239,42 @@ class Wire:
         self._loop.close()
         self._heard.close()
 
-    def cut(self) -> None:
-        """Drop every connection, and let none through."""
-        self._is_cut = True
+    def cut(self, *ends: str) -> None:
+        """Drop every connection of these ends, of all where none is named; let none through."""
+        self._cut |= set(ends or self.ports)
         asyncio.run_coroutine_threadsafe(self._drop(), self._loop).result(10)
 
     def mend(self) -> None:
         """Let connections through again."""
-        self._is_cut = False
+        self._cut.clear()
 
     async def _listen(self) -> None:
         context = None if self._kits is None else _context(self._kits[COORDINATOR], "server")
-        self._server = await asyncio.start_server(self._pass, "127.0.0.1", 0, ssl=context)
-        self.port = int(self._server.sockets[0].getsockname()[1])
+        for end in self.ports:
+            passing = partial(self._pass, end)
+            server = await asyncio.start_server(passing, "127.0.0.1", 0, ssl=context)
+            self._servers.append(server)
+            self.ports[end] = int(server.sockets[0].getsockname()[1])
 
     async def _drop(self) -> None:
-        for writer in tuple(self._open):
-            writer.transport.abort()
+        for writer, end in tuple(self._open.items()):
+            if end in self._cut:
+                writer.transport.abort()
 
     async def _close(self) -> None:
-        self._server.close()
+        for server in self._servers:
+            server.close()
+        self._cut |= set(self.ports)
         await self._drop()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._is_cut:
+    async def _pass(
+        self, end: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if end in self._cut:
             writer.transport.abort()
             return
         context = None
@@ -263,10 +290,12 @@ class Wire:
         except OSError:  # the server is not there, or was killed
             writer.transport.abort()
             return
-        await asyncio.gather(self._pump(reader, onward[1]), self._pump(onward[0], writer))
+        await asyncio.gather(self._pump(end, reader, onward[1]), self._pump(end, onward[0], writer))
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open.add(writer)
+    async def _pump(
+        self, end: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._open[writer] = end
         try:
             while data := await reader.read(1 << 16):
                 self._heard.write(data)
@@ -275,7 +304,7 @@ class Wire:
         except OSError:  # an end is gone
             pass
         finally:
-            self._open.discard(writer)
+            self._open.pop(writer, None)
             writer.transport.abort()
 
 
@@ -300,9 +329,9 @@ def port_of(kits: Mapping[str, Path]) -> int:
 def lead_through(wire: Wire, kits: Mapping[str, Path]) -> None:
     """Let the sites of these kits find the wire where they look for the coordinator."""
     own = port_of(kits)
-    for name in kits.keys() - {COORDINATOR, ADMIN}:
+    for name, port in wire.ports.items():
         file = kits[name] / "startup" / "fed_client.json"
-        file.write_text(file.read_text().replace(f"localhost:{own}", f"localhost:{wire.port}"))
+        file.write_text(file.read_text().replace(f"localhost:{own}", f"localhost:{port}"))
 
 
 @contextmanager
@@ -317,14 +346,16 @@ def loopback(root: Path, *, overhear: bool = False) -> Iterator[Loopback]:
 
     kits = set_up_federation(root, Workspace(root=root).site_names())
     with ExitStack() as stack:
-        port = port_of(kits)
+        port, decrypted = port_of(kits), set[str]()
         if overhear:
-            port = stack.enter_context(Wire(port, root / "wire-opened", kits)).port
-        wire = stack.enter_context(Wire(port, root / "wire"))
+            opened = stack.enter_context(Wire(port, root / "wire-opened", kits))
+            (port,), decrypted = opened.ports.values(), opened.parties
+        sites = kits.keys() - {COORDINATOR, ADMIN}
+        wire = stack.enter_context(Wire(port, root / "wire", ends=sites))
         lead_through(wire, kits)
         stack.callback(end_services, kits.values())  # after the parties were stopped
         pids = stack.enter_context(start_parties(kits, logs=root / "logs"))
-        found = Loopback(root, load_protocol(root / STUDY_FILE), kits, pids, wire)
+        found = Loopback(root, load_protocol(root / STUDY_FILE), kits, pids, wire, decrypted)
         stack.callback(found.stop)
         yield found
 
@@ -410,24 +441,61 @@ def moments_of(request: m.Message, *designs: str) -> bool:
     return isinstance(request, m.AskMoments) and any(d in designs for d in request.designs)
 
 
+def updates_of(request: m.Message, *designs: str) -> bool:
+    fits = getattr(request, "fits", ())
+    return isinstance(request, m.AskUpdates) and any(f.partition("/")[0] in designs for f in fits)
+
+
+def networks_of(request: m.Message, *designs: str) -> bool:
+    return isinstance(request, m.SetNetworks) and any(f in designs for f in request.fits)
+
+
+def steps_of(request: m.Message, *fits: str, first: int = 1) -> bool:
+    """Whether a request is for noisy gradients of such a fit, from this step on."""
+    if not isinstance(request, m.AskPrivateSteps) or request.step < first:
+        return False
+    return first == OPENING or any(f in fits for f in request.fits)
+
+
 SHARED = ("radiology", "clinical", "pathology", "omics")
 STATES: dict[str, Callable[[m.Message], bool]] = {
     "describe": lambda r: isinstance(r, m.Describe),
     "keys": lambda r: isinstance(r, m.AskKey),
     "agreement": lambda r: isinstance(r, m.SetKeys),
     "encoder moments": lambda r: moments_of(r, *SHARED),
+    "products": lambda r: isinstance(r, m.AskProducts),
+    "components told": lambda r: isinstance(r, m.SetComponents),
     "encoder fit": lambda r: fits_of(r, *SHARED),
     "encoders told": lambda r: isinstance(r, m.SetEncoders),
     "fusion grid": lambda r: isinstance(r, m.AskEdges),
     "grid told": lambda r: isinstance(r, m.SetGrid),
-    "fusion moments": lambda r: moments_of(r, "protocol"),
-    "fusion fit": lambda r: fits_of(r, "protocol"),
+    "fusion moments": lambda r: moments_of(r, PROTOCOL),
+    "fusion fit": lambda r: fits_of(r, PROTOCOL),
     "baseline": lambda r: isinstance(r, m.AskIntervals),
     "evaluation": lambda r: isinstance(r, m.AskEvaluation),
     "calibration": lambda r: fits_of(r, CALIBRATION_SLOPE),
 }
+# Of studies that train networks by averaging, and of those with a privacy budget.
+NETWORK_STATES: dict[str, Callable[[m.Message], bool]] = {
+    "network rounds": lambda r: updates_of(r, *SHARED),
+    "networks told": lambda r: networks_of(r, *SHARED),
+    "gate rounds": lambda r: updates_of(r, PROTOCOL),
+    "gates told": lambda r: networks_of(r, PROTOCOL),
+}
+NOISY_STATES: dict[str, Callable[[m.Message], bool]] = {
+    "noisy opening": lambda r: steps_of(r, first=OPENING),
+    "noisy encoder steps": lambda r: steps_of(r, *SHARED),
+    "noisy encoders told": lambda r: isinstance(r, m.SetEncoders),
+    "noisy fusion steps": lambda r: steps_of(r, PROTOCOL),
+    "noisy baseline": lambda r: isinstance(r, m.AskIntervals),
+    "noisy evaluation": lambda r: isinstance(r, m.AskEvaluation),
+}
+_ALL = STATES | NETWORK_STATES | NOISY_STATES
 # A fit is disturbed once it is under way.
-_AFTER = {"encoder fit": 3, "fusion fit": 3}
+_AFTER = {
+    "encoder fit": 3, "fusion fit": 3, "network rounds": 2, "gate rounds": 2,
+    "noisy encoder steps": 3, "noisy fusion steps": 3,
+}  # fmt: skip
 
 
 @dataclass
@@ -453,7 +521,7 @@ class Faults:
 
     def ask(self, payload: bytes, sites: Sequence[str]) -> dict[str, bytes]:
         request = m.decode(payload)
-        if self.planned and STATES[self.planned[0][0]](request):
+        if self.planned and _ALL[self.planned[0][0]](request):
             self._seen += 1
             if self._seen == _AFTER.get(self.planned[0][0], 1):
                 self._seen = 0

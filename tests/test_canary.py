@@ -19,24 +19,51 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
+import tifffile
+from typer.testing import CliRunner
 
+from modalities.cohort import read_cohort
+from modalities.synthetic.dicom import write_series, write_structure_set
+from modalities.synthetic.scans import draw_scan, site_scanner
+from modalities.synthetic.slides import SLIDE_MPP, draw_slide, site_stain
 from tests import federated
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from flows.services import Server
 
 pytestmark = pytest.mark.border
 
 SIZES = (95, 90, 85)
+N_IMAGES = 3
 N_IDENTIFIERS = 1000
 TABLES = ("pathology", "radiology", "omics")
+# Beside the tables, so that raw files are read too; a few say too little to be trained on.
+IMAGES = """
+[modality.slides]
+kind = "pathology"
+pretrained = false
+[modality.scans]
+kind = "radiology"
+"""
+LEAKS = {
+    "engine": ("wire-opened", "payloads"),
+    "prefect": ("prefect", "loopback"),
+    "mlflow": ("mlflow.db",),
+    "run": ("runs",),
+    "before the first flow": ("loopback",),
+    "after the last flow": ("loopback",),
+}
 _SYLLABLES = (
     "zor", "vik", "thand", "quis", "brel", "mok", "fen", "dral", "yst", "grom", "pel", "wex", "jun",
     "korb", "lus", "narf",
 )  # fmt: skip
 _CHUNK = 1 << 22
 _ANY_PROTOCOL = 3
+_SO_RCVBUFFORCE = 33  # room for what comes while this process is at something else
 
 
 @dataclass(frozen=True)
@@ -46,7 +73,7 @@ class Planted:
     Attributes
     ----------
     texts
-        Record numbers, names, DICOM UIDs, file names and dates.
+        Record numbers, names, DICOM UIDs, file names and dates, in tables and in raw files.
     numbers
         Rare values, each of which stands next to the one of the same place in ``beside``.
     controls
@@ -225,8 +252,9 @@ def plant(root: Path, sites: Sequence[str]) -> Planted:
         numbers += ages[:-1].tolist()[:30]
         beside += ages[1:].tolist()[:30]
         texts += _plant_tables(root / site, rng, new, (numbers, beside))
+        texts += _plant_images(root / site, rng, own[:N_IMAGES], at)
     kept = N_IDENTIFIERS - len(texts)
-    controls = {x: f"Leaked {x} Korbnarf" for x in ("engine", "prefect", "mlflow", "run")}
+    controls = {x: f"Leaked {x} Korbnarf" for x in LEAKS}
     (root / "truth.json").unlink()  # a simulation's own; it knows every pseudonym
     return Planted(texts, numbers[:kept], beside[:kept], controls)
 
@@ -269,6 +297,54 @@ def _plant_tables(
     return names
 
 
+def _plant_images(
+    folder: Path, rng: np.random.Generator, patients: Sequence[str], at: int
+) -> list[str]:
+    """Add a slide and a DICOM series for some patients; those of the last are damaged.
+
+    Names stand in headers, descriptions and file names, where a hospital's own systems put them.
+    """
+    texts, rows = [], []
+    for i, patient in enumerate(patients):
+        name, file, scan = _names(rng, 3)
+        slide = folder / "raw" / f"{file.replace(' ', '-')}.tif"
+        slide.parent.mkdir(exist_ok=True)
+        tifffile.imwrite(
+            slide, draw_slide(rng.normal(size=2), site_stain(4, at), rng), tile=(256, 256),
+            compression="jpeg", photometric="rgb", resolution=(1e4 / SLIDE_MPP,) * 2,
+            resolutionunit="centimeter", description=f"Aperio|Patient={name}|Rack=1",
+            metadata=None,
+        )  # fmt: skip
+        series = folder / "raw" / scan.replace(" ", "-")
+        made = draw_scan(rng.normal(size=3), site_scanner(4, at), rng)
+        about = write_series(series, made.volume, made.spacing_mm, name, patient)
+        write_structure_set(series.with_suffix(".dcm"), made.mask, about, "GTV")
+        texts += [name, slide.stem, series.name, *_identify(sorted(series.iterdir()), rng)]
+        if i == len(patients) - 1:
+            slide.write_bytes(slide.read_bytes()[:-5000])
+            (series / "012.dcm").unlink()
+        rows.append(f"{patient},slides,raw/{slide.name},,\n")
+        rows.append(f"{patient},scans,raw/{series.name},raw/{series.name}.dcm,GTV\n")
+    with (folder / "manifest.csv").open("a") as manifest:
+        manifest.writelines(rows)
+    return texts
+
+
+def _identify(images: Sequence[Path], rng: np.random.Generator) -> list[str]:
+    """Write into the headers of a series what a scanner does; give that and its identifiers."""
+    name, place = (x.replace(" ", "^") for x in _names(rng, 2))
+    accession = f"ACC{rng.integers(10**12, 10**13)}"
+    uids: set[str] = set()
+    for image in images:
+        header = pydicom.dcmread(image)
+        header.PatientName, header.InstitutionName = name, place
+        header.AccessionNumber = accession
+        header.save_as(image)
+        uids |= {header.StudyInstanceUID, header.SeriesInstanceUID}
+    uids.add(header.SOPInstanceUID)
+    return [name, place, accession, *sorted(uids)]
+
+
 def _plant_failing_site(root: Path, planted: Planted) -> None:
     """Add a site whose files make its flow fail, with an identifier in the path and the text."""
     text = (root / "site-01" / "site.toml").read_text().replace('"site-01"', '"site-04"')
@@ -282,44 +358,73 @@ def _plant_failing_site(root: Path, planted: Planted) -> None:
 
 def run_whole_study(root: Path) -> None:
     """Prepare, train and run a study through its flows, over the engine; once per process."""
-    from flows.demo import connect, write_consortium
-    from flows.protocol import load_protocol
+    from flows.demo import write_consortium
     from flows.terminal import serving
 
     sites = write_consortium(root, SIZES, seed=11, tables_only=True, secure_sum=True)
+    with (root / "study.toml").open("a") as study:
+        study.write(IMAGES)
     planted = plant(root, sites)
     (root / "planted.json").write_text(json.dumps(asdict(planted)))
-    study = load_protocol(root / "study.toml").study.name
-    with serving(root, as_json=True) as run:
-        connect(run.server, root)
-        from flows.site import prepare_site, train_site
-        from flows.study import run_study
+    controls = planted.controls
+    with _capturing(root / "loopback") as say, serving(root, as_json=True) as run:
+        say(controls["before the first flow"])
+        run_study_of(root, run.server, sites, planted)
+        say(controls["after the last flow"])
 
-        run.server.wait_ready()
-        for site in sites:
-            prepare_site(study, site)
-        for site in sites:
-            train_site(study, site)
-        _tap(root / "payloads", planted.controls["engine"])
-        with _capturing(root / "loopback"), federated.loopback(root, overhear=True):
-            outcomes = [run_study(study, list(sites), "flare") for _ in range(2)]
-        said = [{**x.summary, "reused": x.reused} for x in outcomes]
-        (root / "said.json").write_text(json.dumps(said))
-        _plant_failing_site(root, planted)
-        with suppress(Exception):
-            prepare_site(study, "site-04")
-        _leak(root, planted.controls, run_id=outcomes[0].summary["run"])
+
+def run_study_of(root: Path, server: Server, sites: Sequence[str], planted: Planted) -> None:
+    """Do what the sites and the coordinator do, one after the other."""
+    from flows.demo import connect
+    from flows.protocol import load_protocol
+
+    connect(server, root)
+    from flows.site import prepare_site, train_site
+
+    study = load_protocol(root / "study.toml").study.name
+    server.wait_ready()
+    for site in sites:
+        prepare_site(study, site)
+    for site in sites:
+        train_site(study, site)
+    _tap(root / "payloads", planted.controls["engine"])
+    with federated.loopback(root, overhear=True) as parties:
+        said = [_study_run(root) for _ in range(2)]
+        (root / "decrypted.json").write_text(json.dumps(sorted(parties.decrypted)))
+    (root / "said.json").write_text(json.dumps(said))
+    _plant_failing_site(root, planted)
+    with suppress(Exception):
+        prepare_site(study, "site-04")
+    _leak(root, planted.controls, run_id=said[0]["run"])
+
+
+def _study_run(root: Path) -> dict[str, Any]:
+    """Run the study as its lead types it."""
+    from flows.cli import app
+
+    command = ["study", "run", "--root", str(root), "--federation", "flare", "--json"]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return dict(json.loads(done.stdout))
 
 
 @contextmanager
-def _capturing(file: Path) -> Iterator[None]:
-    """Write down all loopback traffic, of whatever process, where this one may see it."""
+def _capturing(file: Path) -> Iterator[Callable[[str], None]]:
+    """Write down all loopback traffic, of whatever process; give a way to say something in it.
+
+    Where this process may not see the traffic, no file is written.
+    """
+    done = threading.Event()
+
+    def say(text: str) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
+            out.sendto(text.encode(), ("127.0.0.1", 9))
+
     try:
         wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(_ANY_PROTOCOL))
     except (AttributeError, PermissionError):  # another system, or not its administrator
-        yield
+        yield say
         return
-    done = threading.Event()
 
     def capture() -> None:
         with file.open("wb") as seen:
@@ -328,12 +433,14 @@ def _capturing(file: Path) -> Iterator[None]:
                     seen.write(wire.recv(1 << 17))
 
     with wire:
+        with suppress(PermissionError):
+            wire.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 28)
         wire.bind(("lo", 0))
         wire.settimeout(0.5)
         thread = threading.Thread(target=capture)
         thread.start()
         try:
-            yield
+            yield say
         finally:
             done.set()
             thread.join()
@@ -387,6 +494,15 @@ class Finished:
     planted: Planted
     said: list[dict[str, Any]]
 
+    def places(self, *names: str) -> list[Path]:
+        """Files and folders in which something was left."""
+        if "loopback" in names and not (self.root / "loopback").exists():
+            pytest.fail(
+                "loopback: found no captured traffic, needed it; run these tests on Linux as root, "
+                "or with the capability NET_RAW"
+            )
+        return [self.root / x for x in names if (self.root / x).exists()]
+
 
 _RUN = """
 import sys
@@ -431,8 +547,9 @@ PLACES = {
     "MLflow's database": ("mlflow.db", "mlflow.db-wal"),
     "Prefect's database and files": ("prefect",),
     "what parties print": ("logs",),
-    "the network's traffic": ("wire", "loopback"),
-    "the network's traffic, decrypted": ("wire-opened",),
+    "the traffic between coordinator and sites": ("wire",),
+    "the whole study's traffic on this machine": ("loopback",),
+    "the traffic between coordinator and sites, decrypted": ("wire-opened",),
     "every message and reply": ("payloads",),
 }
 
@@ -444,29 +561,39 @@ def test_a_thousand_identifiers_are_in_the_sites_own_files(
     planted = finished.planted
     everything = {*planted.texts, *map(repr, planted.numbers)}
     assert len(everything) == N_IDENTIFIERS
-    raw = [
-        f
-        for site in ("site-01", "site-02", "site-03")
-        for f in (finished.root / site).glob("*.csv")
-    ]
+    sites = [finished.root / site for site in ("site-01", "site-02", "site-03")]
+    raw = [x for site in sites for x in (*site.glob("*.csv"), site / "raw")]
     found = set[str]().union(*search.in_files(*raw).values())
     assert found == everything
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("site", ["site-01", "site-02", "site-03"])
+def test_a_damaged_slide_and_scan_are_set_aside_and_the_others_read(
+    site: str, finished: Finished
+) -> None:
+    aside = pd.read_csv(finished.root / site / "excluded.csv", dtype=str)
+    images = aside[aside["modality"].isin(["slides", "scans"])]
+    assert sorted(images["modality"]) == ["scans", "slides"]
+    assert images["patient_id"].nunique() == 1
+    cohort = read_cohort(finished.root / site / "cohort.h5mu")
+    assert {x: cohort.mod[x].n_obs for x in ("slides", "scans")} == {
+        "slides": N_IMAGES - 1, "scans": N_IMAGES - 1,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_no_identifier_is_in(place: str, finished: Finished, search: Search) -> None:
-    places = [finished.root / x for x in PLACES[place]]
-    assert any(p.is_dir() or p.stat().st_size > 100 for p in places if p.exists())
-    assert search.in_files(*(p for p in places if p.exists())) == {}
+    places = finished.places(*PLACES[place])
+    assert any(p.is_dir() or p.stat().st_size > 100 for p in places)
+    assert search.in_files(*places) == {}
 
 
-LEAKS = {
-    "engine": ("wire-opened", "payloads"),
-    "prefect": ("prefect",),
-    "mlflow": ("mlflow.db",),
-    "run": ("runs",),
-}
+@pytest.mark.slow
+def test_the_traffic_of_every_site_was_decrypted(finished: Finished) -> None:
+    decrypted = json.loads((finished.root / "decrypted.json").read_text())
+    assert decrypted == ["site-01", "site-02", "site-03"]
 
 
 @pytest.mark.slow
@@ -475,7 +602,7 @@ def test_a_text_that_is_leaked_on_purpose_is_found(leak: str, finished: Finished
     control = finished.planted.controls[leak]
     search = Search(patterns_of([control], []))
     for place in LEAKS[leak]:
-        assert search.in_files(finished.root / place)
+        assert search.in_files(*finished.places(place))
     assert not search.in_files(finished.root / "wire")
 
 
@@ -483,6 +610,6 @@ def test_a_text_that_is_leaked_on_purpose_is_found(leak: str, finished: Finished
 def test_no_path_of_a_site_reaches_a_server_or_the_network(finished: Finished) -> None:
     paths = [str(finished.root / f"site-0{i}") for i in range(1, 5)]
     search = Search(patterns_of(paths, []))
-    places = [finished.root / x for of in PLACES.values() for x in of]
-    assert search.in_files(*(p for p in places if p.exists())) == {}
+    places = finished.places(*(x for of in PLACES.values() for x in of))
+    assert search.in_files(*places) == {}
     assert search.in_files(finished.root / "site-04" / "logs")  # where the failure's text is

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from infra.settings import Workspace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from flows.records import Reference
     from flows.reference import Consortium
@@ -70,6 +72,21 @@ def test_the_true_hazard_is_an_arm_only_where_known(fit, reference: Reference) -
     assert set(compare(*fit[:2]).concordance) == ARMS
     assert reference.concordance["true_hazard"].value > 0.6
     assert all(0 < e.value < 1 for e in reference.concordance.values())
+
+
+def test_a_modality_that_too_few_patients_have_anywhere_is_absent_from_every_arm(
+    tmp_path: Path,
+) -> None:
+    write_consortium(tmp_path, (110, 100), seed=5, tables_only=True)
+    protocol, inputs, _ = read_workspace(Workspace(root=tmp_path))
+    for found in inputs.values():
+        omics = found.modalities["omics"]
+        found.modalities["omics"] = replace(omics, rows=omics.rows[:2], values=omics.values[:2])
+    consortium, fitted = fit_in_memory(protocol, inputs)
+    assert "omics" not in fitted.encoders
+    for by_site in arm_log_hazard(consortium, fitted).values():
+        assert all(np.isfinite(scores).all() for scores in by_site.values())
+    assert compare(consortium, fitted).max_coefficient_gap < 1e-6
 
 
 def test_a_comparison_is_plain_values(reference: Reference) -> None:
