@@ -305,7 +305,8 @@ def _registry_fault(error: Exception) -> str:
     if "CERTIFICATE_VERIFY_FAILED" in told:
         return (
             "registry: found a certificate of an authority that is not trusted here, needed one "
-            "that is; name the file of authorities in CONSILIUM_CA_FILE"
+            "that is; name the file of authorities in CONSILIUM_CA_FILE, or in REQUESTS_CA_BUNDLE "
+            "where that is set"
         )
     if code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "404"):
         return str(_unreadable())
