@@ -103,6 +103,31 @@ def test_a_run_ends_with_a_report_that_can_be_written_anew(
     assert [path.read_text() for path in logged] == [page]
 
 
+def test_a_dossier_of_images_stands_until_a_number_of_it_changes(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    root, summary = finished
+    checked = consilium("dossier", "--check", "--root", root, "--json")
+    assert json.loads(checked.stdout)["faults"] == []
+    folder = root / "runs" / summary["run"][:12] / "dossier"
+    claim = (folder / "claim.md").read_text()
+    assert "pathology, radiology" in claim
+    assert "does not apply" not in claim
+    items = re.findall(r"^\| (\d+) \|", claim, flags=re.MULTILINE)
+    assert items == [str(i) for i in range(1, 45)]
+    card = folder / "model_card.md"
+    text = card.read_text()
+    said, other = (f"**Trained on**: {summary['n_train'] + i} (" for i in (0, 1))
+    assert said in text
+    card.write_text(text.replace(said, other))
+    spoilt = consilium("dossier", "--check", "--root", root, "--json", check=False)
+    card.write_text(text)
+    assert spoilt.returncode == 1
+    faults = json.loads(spoilt.stdout)["faults"]
+    assert faults
+    assert all(fault.startswith("model_card.md: ") for fault in faults)
+
+
 def test_what_is_said_of_a_patient_stays_at_the_site(
     finished: tuple[Path, dict[str, Any]],
 ) -> None:
