@@ -293,9 +293,16 @@ class Conversation:
         self.outcomes[site] = replace(self.outcomes.get(site, SiteOutcome(site)), code=code)
 
     def tell(self, request: m.Message, *, stage: str) -> None:
-        """Give every site that is still there an instruction."""
+        """Give every site that is still there an instruction.
+
+        Raises
+        ------
+        QuorumNotMet
+            If too few sites carry it out.
+        """
         self.ask(request, m.Done, self.reachable, stage=stage)
         self.round_done()
+        self.require_quorum()
 
     def round_done(self, objective: float = float("nan")) -> None:
         """Close a round: everything of it is known."""
@@ -408,7 +415,6 @@ class Conversation:
         kept = np.logical_and.reduce([r.releasable for r in replies.values()])
         edges = np.asarray(grid[np.append(kept, True)])
         self.tell(m.SetGrid(self.plan.run, self.number, edges), stage="grid")
-        self.require_quorum()
         self.plan = replace(self.plan, edges_days=tuple(edges.tolist()))
         return edges
 

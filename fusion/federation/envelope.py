@@ -7,7 +7,7 @@ import re
 import struct
 import threading
 import time as clock
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,7 +17,7 @@ from fusion.federation.consortium import COORDINATOR, HEX_DIGEST, PARTY_NAME, ma
 from fusion.keys import SIGNATURE_BYTES, canonical_json, digest, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from fusion.audit import AuditLog
@@ -385,14 +385,21 @@ class SignedTransport:
         return self._inner.sites
 
     def ask(self, payload: bytes, sites: Sequence[str]) -> dict[str, bytes]:
-        """Send one signed request to these sites, and give what each of them signed in reply."""
+        """Send one signed request to these sites, and give what each of them signed in reply.
+
+        Raises
+        ------
+        fusion.audit.AuditError
+            If the log cannot be added to: what it does not hold is neither asked nor heard.
+        """
         known = [site for site in sites if self._consortium.knows(site)]
         found = {s: m.encode(m.Refused("unknown_sender")) for s in sites if s not in known}
         if not known:
             return found
-        data = self._sealed(payload, known)
+        with _with_room():
+            data = self._sealed(payload, known)
         replies = self._inner.ask(data, known)
-        with nullcontext() if self._log is None else self._log.held():
+        with _with_room(), nullcontext() if self._log is None else self._log.held():
             for site in known:
                 if site in replies:
                     found[site] = self._opened(site, replies[site], envelope_id(data))
@@ -473,6 +480,18 @@ def _require_own_key(party: str, key: SigningKey, consortium: Consortium) -> Non
             f"{party}: found another key than the consortium lists; restore it, or have the "
             "consortium's file issued anew"
         )
+
+
+@contextmanager
+def _with_room() -> Iterator[None]:
+    """Say in a sentence that the coordinator's log cannot be added to."""
+    try:
+        yield
+    except OSError as error:
+        raise AuditError(
+            f"audit log: found that no entry can be added ({error.strerror}), needed room on the "
+            "coordinator's disk; free some and run the study again"
+        ) from error
 
 
 def _position(log: AuditLog | None) -> tuple[int, str]:
