@@ -28,7 +28,9 @@ def deploy(
     What was deployed before is brought up to date, and nothing else is touched. A schedule that
     you switched off in Prefect's page stays off.
     """
+    from flows.lost_runs import watch_for_silence
     from flows.serve import client_environment, running
+    from infra.settings import load_services
 
     services = running(root)
     if services is None and not only_list:
@@ -48,6 +50,8 @@ def deploy(
     from flows.prefect_api import PrefectApi
 
     api = PrefectApi(services.prefect_api, services.prefect_auth)
+    if services.is_shared:  # on a party's own server `consilium serve` does it
+        watch_for_silence(api, silence_s=load_services().silence_s, deployed_only=True)
     _show(apply(wanted, pool=services.pool, api=api), as_json=as_json)
     if not as_json:
         say(f"look at them: {services.prefect_api.removesuffix('/api')}/deployments")

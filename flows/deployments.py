@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 import yaml  # type: ignore[import-untyped]
 
 from flows.federated import KITS
+from flows.lost_runs import keep_automation
 from flows.protocol import load_protocol
 from infra.settings import SITE_FILE, SettingsError, load_times
 
@@ -335,12 +336,7 @@ def retry_crashed(api: PrefectApi) -> None:
     flows.services.ServiceError
         If the server refuses.
     """
-    wanted = _retry_automation()
-    found = api.post("/automations/filter", {"automations": {"name": {"any_": [RETRY]}}})
-    if not found:
-        api.post("/automations/", wanted)
-    for automation in found:
-        api.put(f"/automations/{automation['id']}", wanted)
+    keep_automation(api, _retry_automation())
 
 
 def _retry_automation() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from flows.described import Slug, described
 from flows.identity import public_key
 from flows.progress import Progress
 from flows.sealed import note, sealed
+from flows.serve import SHARED
 from flows.site import open_site
 from fusion.audit import LOG_FILE, verify_log
 from modalities.cohort import DataError, read_manifest
@@ -76,6 +77,8 @@ def check_data(study: Slug, site: Slug) -> dict[str, int]:
 
 def _server_is_here() -> bool:
     """Whether Prefect's server is the site's own: a shared one is told no small count."""
+    if SHARED in os.environ:  # it may be reached through a tunnel from this machine
+        return False
     host = urlsplit(os.environ.get("PREFECT_API_URL", "")).hostname
     return host in (None, "127.0.0.1", "localhost", "::1")
 

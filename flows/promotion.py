@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from prefect.runtime import flow_run as this_run
@@ -56,6 +59,7 @@ from flows.promotable import (
 )
 from flows.registry import model_name
 from flows.sealed import SiteError, log_to, note, sealed
+from flows.skips import skipped
 from fusion.audit import LOG_FILE, AuditLog
 from fusion.federation.consortium import COORDINATOR
 from fusion.keys import canonical_json, digest
@@ -95,6 +99,8 @@ class Decision(RunInput):
 def promote(study: Slug, version: int) -> State[Any]:
     """Check a version against the gates, wait for people's decision, and make it the champion.
 
+    Ends as ``Skipped`` where another run waits for a decision over the same version.
+
     Parameters
     ----------
     study
@@ -105,6 +111,9 @@ def promote(study: Slug, version: int) -> State[Any]:
     workspace = Workspace()
     log_to(workspace.root)
     flow_run = _flow_run_id()
+    other = under_way(study, version, flow_run)
+    if other is not None:
+        return skipped(f"run {other[:8]} decides over this version already")
     case = open_version(workspace, study, version, flow_run)
     results = all_gates(case.given)
     request = request_of(case, results, flow_run=flow_run)
@@ -167,6 +176,23 @@ def _ask(number: int, said: str, seconds: float) -> Signed:
     return Signed(
         given.decision, given.reason, given.reason_digest, given.approver, given.signature
     )
+
+
+@task(name="look-for-another", cache_policy=NO_CACHE, persist_result=False)
+@sealed
+def under_way(study: str, version: int, flow_run: str) -> str | None:
+    """Find another run of this flow that has begun to decide over a version and not ended."""
+    unfinished = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED")
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(
+            flow_filter=FlowFilter.model_validate({"name": {"any_": ["promote"]}}),
+            flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": unfinished}}}),
+            sort=FlowRunSort.START_TIME_ASC,
+            limit=200,
+        )
+    asked = {"study": study, "version": version}
+    ids = [str(run.id) for run in found if run.run_count and run.parameters == asked]
+    return next((other for other in ids if other != flow_run), None)
 
 
 def _flow_run_id() -> str:

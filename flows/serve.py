@@ -17,7 +17,13 @@ from urllib.parse import urlsplit
 
 from flows.databases import databases_of, make_databases
 from flows.keeping import Kept, keep
-from flows.lost_runs import HEARTBEAT_S, end_lost_runs, speak_for_waiting, watch_for_silence
+from flows.lost_runs import (
+    HEARTBEAT_S,
+    end_lost_runs,
+    end_stuck_runs,
+    speak_for_waiting,
+    watch_for_silence,
+)
 from flows.prefect_api import PrefectApi
 from flows.service_programs import MARK, end_marked
 from flows.services import (
@@ -44,6 +50,7 @@ if TYPE_CHECKING:
 SERVICES_FILE = "services.json"
 AUTH_FILE = "services/prefect.auth"
 POOL = "consilium"
+SHARED = "CONSILIUM_SHARED_PREFECT"
 _LOCK = "services/serve.lock"
 
 
@@ -73,6 +80,11 @@ class Services:
     pool: str
     pid: int
     tracking_uri: str
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other parties use the Prefect server, too."""
+        return self.pool != POOL
 
 
 def running(root: Path) -> Services | None:
@@ -105,6 +117,7 @@ def client_environment(services: Services, root: Path) -> dict[str, str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "CONSILIUM_ROOT": str(root),
         "CONSILIUM_TRACKING_URI": services.tracking_uri,
+        **({SHARED: "true"} if services.is_shared else {}),
     }
 
 
@@ -168,15 +181,13 @@ def serve(
         if hub is None:
             announce(f"password for Prefect's page: in {AUTH_FILE}")
         announce("press Ctrl-C to stop")
-        keep(kept, announce=announce, also=_nothing if hub else partial(_each_half_minute, found))
+        keep(kept, announce=announce, also=partial(_each_half_minute, found))
 
 
 def _each_half_minute(found: Services) -> None:
-    speak_for_waiting(PrefectApi(found.prefect_api, found.prefect_auth))
-
-
-def _nothing() -> None:
-    """Do nothing: a shared Prefect server has its own keeper."""
+    api = PrefectApi(found.prefect_api, found.prefect_auth)
+    speak_for_waiting(api, found.pool)
+    end_stuck_runs(api, found.pool)
 
 
 def _check_folder(root: Path, settings: ServiceSettings) -> None:
@@ -222,7 +233,8 @@ def _planned(
         artifacts=settings.artifacts,
     )
     kept.append(Kept("MLflow", start, line=f"MLflow: {mlflow}"))
-    settle = None if hub else _settling(found, alone=settings.workers == 1)
+    # On a shared server `consilium deploy` has silent runs looked for.
+    settle = None if hub else _settling(found, settings)
     for at in range(settings.workers):
         name = f"worker {at + 1}" if settings.workers > 1 else "worker"
         plan = _WorkerPlan(
@@ -292,7 +304,7 @@ def _party(root: Path) -> str:
     return load_site(root / SITE_FILE).name if (root / SITE_FILE).is_file() else "coordinator"
 
 
-def _settling(found: Services, *, alone: bool) -> Callable[[], None]:
+def _settling(found: Services, settings: ServiceSettings) -> Callable[[], None]:
     """Give what to do before a worker starts: runs that nobody works on any more are settled.
 
     Of several workers the others may be at work when one starts anew, so it is done only once.
@@ -302,8 +314,8 @@ def _settling(found: Services, *, alone: bool) -> Callable[[], None]:
     def settle() -> None:
         nonlocal done
         api = PrefectApi(found.prefect_api, found.prefect_auth)
-        watch_for_silence(api)
-        if alone or not done:
+        watch_for_silence(api, silence_s=settings.silence_s)
+        if settings.workers == 1 or not done:
             end_lost_runs(api, found.pool)
         done = True
 

@@ -176,6 +176,12 @@ class ServiceSettings(BaseSettings):
     )
     workers: int = Field(default=1, ge=1, le=32, description="worker processes")
     worker_limit: int = Field(default=2, ge=1, le=64, description="runs at once of a worker")
+    silence_s: int = Field(
+        default=90,
+        ge=40,
+        le=86_400,
+        description="seconds without a heartbeat, of one every 30, until a run counts as crashed",
+    )
     prefect_auth: SecretStr | None = Field(
         default=None, description="what a shared Prefect server wants from us, as user:password"
     )

@@ -86,13 +86,22 @@ def test_what_would_be_set_aside_is_counted_by_code(
     assert not [x for x in ("anna", "patient-", "/data", str(root)) if x in told]
 
 
+@pytest.mark.border
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"PREFECT_API_URL": "https://hub.example.org/api"},
+        {"PREFECT_API_URL": "http://127.0.0.1:4200/api", "CONSILIUM_SHARED_PREFECT": "true"},
+    ],
+)
 def test_a_shared_server_is_told_no_small_count(
-    root: Path, shown: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    root: Path, shown: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, where: dict[str, str]
 ) -> None:
     study = (root / "study.toml").read_text()
     (root / "study.toml").write_text(study.replace("cell = 1", "cell = 10"))
     least = load_protocol(root / "study.toml").privacy.cell
-    monkeypatch.setenv("PREFECT_API_URL", "https://hub.example.org/api")
+    for name, value in where.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(operations, "check_inputs", lambda settings, protocol: faults(12))
     check_data.fn(STUDY, "site-01")
     assert [row["inputs"] for row in shown[0]["table"]] == [f"below {least}", 12]

@@ -247,6 +247,7 @@ def played(
     monkeypatch.setattr(promotion, "log_to", lambda folder: None)
     monkeypatch.setattr(promotion, "_flow_run_id", lambda: RUN)
     monkeypatch.setattr(promotion, "_publish", lambda table: None)
+    monkeypatch.setattr(promotion, "under_way", lambda study, version, flow_run: None)
     monkeypatch.setattr(promotion, "open_version", lambda *given: case)
     monkeypatch.setattr(promotion, "record_gates", RECORD_GATES)
     monkeypatch.setattr(promotion, "finish", FINISH)
@@ -327,6 +328,45 @@ def test_a_failed_gate_ends_it_with_its_name_and_asks_nobody(
     assert aliases_of(client, "lung-fusion") == {}
     (entry,) = read_entries(tmp_path / COORDINATOR / LOG_FILE)
     assert (entry.kind, entry.about["passed"]) == ("gates", False)
+
+
+def test_a_promotion_beside_one_of_the_same_version_is_skipped_and_touches_nothing(
+    monkeypatch: pytest.MonkeyPatch, client: MlflowClient, store: str, tmp_path: Path
+) -> None:
+    version, other = new_version(client, store, tmp_path), "0badc0de-0000-4000-8000-000000000002"
+    monkeypatch.setattr(promotion, "Workspace", lambda: workspace_of(tmp_path, store))
+    monkeypatch.setattr(promotion, "_flow_run_id", lambda: RUN)
+    monkeypatch.setattr(promotion, "under_way", lambda *asked: other)
+    state: Any = promotion.promote.fn("lung", version)
+    assert (state.type.value, state.name) == ("COMPLETED", "Skipped")
+    assert state.message == "run 0badc0de decides over this version already"
+    assert tags_of(client, version) == {}
+    assert not (tmp_path / COORDINATOR).exists()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "run_count", "run", "found"),
+    [
+        ({"study": "lung", "version": 1}, 1, "another", "another"),
+        ({"study": "lung", "version": 1}, 2, RUN, None),
+        ({"study": "lung", "version": 1}, 0, "not begun", None),
+        ({"study": "lung", "version": 2}, 1, "another", None),
+    ],
+)
+def test_another_promotion_is_one_of_the_same_version_that_has_begun(
+    monkeypatch: pytest.MonkeyPatch, parameters: dict[str, Any], run_count: int, run: str,
+    found: str | None,
+) -> None:  # fmt: skip
+    known = SimpleNamespace(id=run, parameters=parameters, run_count=run_count)
+
+    class Client:
+        def __enter__(self) -> Any:
+            return SimpleNamespace(read_flow_runs=lambda **asked: [known])
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(promotion, "get_client", lambda **given: Client())
+    assert promotion.under_way.fn("lung", 1, RUN) == found
 
 
 def test_a_kill_between_alias_and_log_leaves_nothing_undone(
