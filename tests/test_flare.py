@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import tempfile
@@ -26,13 +27,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
+from typer.testing import CliRunner
 
+from flows.federation_cli import federation_app
 from flows.parties import start_parties
+from fusion.federation.consortium import read_consortium
 from fusion.messages import MAX_BYTES, Refused, decode
-from infra.provision import CLASSES, Keys, Server, provision, read_party
+from infra.provision import CLASSES, CONSORTIUM_FILE, Keys, Server, provision, read_party
+from tests.federated import children, eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from fusion.flare import FlareTransport
 
@@ -41,6 +46,7 @@ pytestmark = pytest.mark.border
 SITES = ("site-a", "site-b", "site-c")
 TESTS = Path(__file__).parent
 TIMEOUT_S = 6.0
+_LISTENS = "0A"
 STAND_IN = importlib.util.spec_from_file_location("echo_party", TESTS / "echo_party.py")
 assert STAND_IN is not None
 assert STAND_IN.loader is not None
@@ -58,16 +64,28 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def children(pid: int) -> list[int]:
-    listed = Path(f"/proc/{pid}/task/{pid}/children").parent.parent.glob("*/children")
-    return [int(child) for file in listed for child in file.read_text().split()]
+def descendants(pid: int) -> set[int]:
+    """Ids of a process and of all that it started, themselves or through others."""
+    return {pid}.union(*(descendants(child) for child in children(pid)))
 
 
-def eventually(holds: Callable[[], bool], within_s: float = 30.0) -> bool:
-    deadline = time.monotonic() + within_s
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return holds()
+def listening(pids: Iterable[int]) -> set[tuple[str, int]]:
+    """Addresses and ports on which processes listen."""
+    links = [link for pid in pids for link in Path(f"/proc/{pid}/fd").iterdir()]
+    held = set[str]()
+    for link in links:
+        with suppress(OSError):  # closed meanwhile
+            held.add(str(link.readlink()))
+    found = set()
+    for family, table in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == _LISTENS and f"socket:[{rest[5]}]" in held:
+                host, port = local.split(":")
+                words = struct.unpack(f">{len(host) // 8}I", bytes.fromhex(host))
+                packed = struct.pack(f"={len(words)}I", *words)  # the kernel writes its own order
+                found.add((socket.inet_ntop(family, packed), int(port, 16)))
+    return found
 
 
 @dataclass
@@ -219,6 +237,21 @@ def test_requests_reach_the_sites_and_replies_come_back(engine: FlareTransport) 
 
 
 @pytest.mark.slow
+def test_sites_only_reach_out_and_listen_to_nobody_but_themselves(
+    loopback: Loopback, engine: FlareTransport
+) -> None:
+    assert set(engine.ask(b"x", SITES)) == set(SITES)
+    for site in SITES:
+        everyone = descendants(loopback.pids[site])
+        assert {loopback.service(site), loopback.job(site)} < everyone
+        assert {host for host, _ in listening(everyone)} <= {"127.0.0.1", "::1"}
+    coordinators = listening(descendants(loopback.pids["coordinator"]))
+    assert loopback.port in {port for _, port in coordinators}
+    with socket.create_server(("0.0.0.0", 0)) as open_to_all:  # one would be seen
+        assert open_to_all.getsockname() in listening([os.getpid()])
+
+
+@pytest.mark.slow
 def test_a_message_as_large_as_may_cross_crosses_and_a_larger_one_does_not(
     engine: FlareTransport,
 ) -> None:
@@ -272,6 +305,33 @@ def test_the_admin_reads_nothing_at_a_site(loopback: Loopback, engine: FlareTran
     assert "not authorized" in json.dumps(shown[2:], default=str)
 
 
+def copied_kit(loopback: Loopback, folder: Path) -> Path:
+    """Another kit of the first site, which has not run yet."""
+    unused = shutil.ignore_patterns("*.txt", "*.log", "*-*-*")
+    return Path(shutil.copytree(loopback.kits["site-a"], folder / "copied", ignore=unused))
+
+
+@dataclass
+class Said:
+    """What a party printed, once it has ended."""
+
+    output: str = ""
+
+
+@contextmanager
+def party_of(kit: Path) -> Iterator[Said]:
+    """Run a party from a kit, as long as the block lasts."""
+    said = Said()
+    with subprocess.Popen(
+        [sys.executable, "-m", "flows.parties", str(kit)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as party:  # fmt: skip
+        try:
+            yield said
+        finally:
+            said.output, _ = party.communicate()
+
+
 def handshake(loopback: Loopback, certificate: Path | None, key: Path | None = None) -> bytes:
     """What the server says to an HTTP/2 greeting: nothing, to one it does not know."""
     context = ssl.create_default_context(cafile=loopback.kits["site-a"] / "startup" / "rootCA.pem")
@@ -321,6 +381,27 @@ def test_a_certificate_of_another_authority_is_refused_and_logged(
 
 
 @pytest.mark.slow
+def test_a_site_does_not_speak_to_a_coordinator_of_another_authority(
+    loopback: Loopback, tmp_path: Path
+) -> None:
+    port = free_port()
+    theirs = provision("engine", keys(), out=tmp_path / "kits", server=Server(port=port))
+    site = copied_kit(loopback, tmp_path)
+    settings = site / "startup" / "fed_client.json"
+    misled = settings.read_text().replace(f"localhost:{loopback.port}", f"localhost:{port}")
+    assert misled != settings.read_text()
+    settings.write_text(misled)
+    rogue = {"coordinator": theirs["coordinator"]}
+    with start_parties(rogue, logs=tmp_path / "logs"), party_of(site) as party:
+        log = site / "engine.log"
+        refused = "CERTIFICATE_VERIFY_FAILED"
+        assert eventually(lambda: log.exists() and refused in log.read_text())
+    assert "connected to the coordinator" not in party.output
+    heard = "".join(x.read_text() for x in theirs["coordinator"].glob("*log*"))
+    assert "New client" not in heard
+
+
+@pytest.mark.slow
 def test_an_expired_certificate_is_refused_and_logged(loopback: Loopback, tmp_path: Path) -> None:
     state = loopback.kits["site-a"].parent / "authority" / "engine" / "state" / "cert.json"
     authority = json.loads(state.read_text())
@@ -349,21 +430,14 @@ def test_an_expired_certificate_is_refused_and_logged(loopback: Loopback, tmp_pa
 def test_another_sites_certificate_under_ones_own_name_is_refused_and_logged(
     loopback: Loopback, tmp_path: Path
 ) -> None:
-    impostor = tmp_path / "impostor"
-    shutil.copytree(
-        loopback.kits["site-a"], impostor, ignore=shutil.ignore_patterns("*.txt", "*.log", "*-*-*")
-    )
+    impostor = copied_kit(loopback, tmp_path)
     for name in ("client.crt", "client.key"):
         shutil.copy(loopback.kits["site-b"] / "startup" / name, impostor / "startup" / name)
     said = "authenticated as 'site-b' but claimed endpoint 'site-a'"
     assert said not in loopback.log()
-    with subprocess.Popen(
-        [sys.executable, "-m", "flows.parties", str(impostor)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    ) as party:  # fmt: skip
+    with party_of(impostor) as party:
         assert eventually(lambda: said in loopback.log())
-        out, _ = party.communicate()
-    assert "connected to the coordinator" not in out
+    assert "connected to the coordinator" not in party.output
 
 
 @pytest.mark.slow
@@ -438,20 +512,35 @@ def test_a_kit_serves_one_study_at_a_time(loopback: Loopback, engine: FlareTrans
 
 
 @pytest.mark.slow
-def test_a_site_that_was_shut_out_takes_no_part(loopback: Loopback, engine: FlareTransport) -> None:
-    from fusion import flare
+def test_a_site_that_was_revoked_takes_no_part_nor_after_the_server_was_started_again(
+    loopback: Loopback, engine: FlareTransport
+) -> None:
     from fusion.federation.transport import FederationLost
 
     engine.resubmit()
-    flare.disable_site(loopback.kits["admin"], "site-b")
-    os.kill(loopback.service("site-b"), signal.SIGKILL)
-    refused = "Reject disabled client registration: site-b"
-    assert eventually(lambda: refused in loopback.log())
-    with session_of(loopback) as session:
-        connected = {client.name for client in session.get_connected_client_list()}
-    assert connected == {"site-a", "site-c"}
+    kits = loopback.kits["admin"].parent
+    done = CliRunner().invoke(federation_app, ["revoke", "site-b", "--kits", str(kits)])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("site-b: shut out; give every site the new consortium.json")
+    consortium = read_consortium(loopback.kits["coordinator"] / CONSORTIUM_FILE)
+    assert consortium.revoked == (keys().sites["site-b"],)
     with pytest.raises(FederationLost):
         engine.ask(b"x", SITES)
+    refused = "Reject disabled client registration: site-b"
+    for party in ("site-b", "coordinator"):
+        before = loopback.log().count(refused)
+        os.kill(loopback.service(party), signal.SIGKILL)  # a service is started again
+        assert eventually(lambda before=before: loopback.log().count(refused) > before, 60)
+        assert eventually(lambda: connected(loopback) == {"site-a", "site-c"}, 60)
+
+
+def connected(loopback: Loopback) -> set[str]:
+    """Sites that the server knows now; none while it is not there."""
+    try:
+        with session_of(loopback) as session:
+            return {client.name for client in session.get_connected_client_list()}
+    except Exception:  # noqa: BLE001  (whatever the engine raises where nobody answers)
+        return set()
 
 
 def test_kits_name_the_classes_that_there_are_and_no_limit_is_below_a_message() -> None:
