@@ -28,7 +28,7 @@ from flows.gate import (
 )
 from flows.identity import identity
 from flows.membership import write_results
-from flows.sealed import note
+from flows.sealed import log_to, note
 from flows.snapshots import COHORT, withdraw
 from fusion import messages as m
 from fusion.differential_privacy import PrivacyLedger
@@ -134,6 +134,15 @@ def test_an_approved_run_is_let_in_described_and_answered(site: Site) -> None:
     assert found.n_train == 120
     assert isinstance(ask(m.AskMoments(RUN, 1, ("clinical",))), m.DesignMoments)
     assert site.settings.path(ANSWERED).is_file()
+
+
+def test_what_a_site_is_warned_of_stands_in_its_own_log(site: Site) -> None:
+    log_to(site.settings.home)
+    warn = site.part().open_study(RUN)._on_warning
+    assert warn is not None
+    warn("held-out patients: found that nothing fits")
+    log = (site.settings.home / "logs" / "consilium.log").read_text()
+    assert "WARNING held-out patients: found that nothing fits" in log
 
 
 @pytest.mark.parametrize(
