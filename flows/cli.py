@@ -210,10 +210,17 @@ def ui(
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
 ) -> None:
     """Open what a study made: Prefect's and MLflow's pages on this machine, until Ctrl-C."""
+    from flows.serve import running
     from flows.services import open_ui
 
     if prefect_port == mlflow_port:
         raise UsageError(f"--mlflow-port: found {mlflow_port} for both pages, needed two ports")
+    served = running(folder)
+    if served is not None:
+        say(f"Prefect: {served.prefect_api.removesuffix('/api')}")
+        say(f"MLflow: {served.mlflow}")
+        say("`consilium serve` runs for this folder; these are its pages")
+        return
     open_ui(folder, prefect_port=prefect_port, mlflow_port=mlflow_port)
 
 
