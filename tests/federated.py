@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import numpy as np
 
 from fusion import messages as m
-from fusion.federation.consortium import COORDINATOR
+from fusion.federation.consortium import CONSORTIUM_FILE, COORDINATOR, read_consortium
 from fusion.federation.plan import CALIBRATION_SLOPE, PROTOCOL
 from fusion.federation.private_fitting import OPENING
-from infra.provision import ADMIN
+from infra.provision import ADMIN, set_home
 from infra.settings import STUDY_FILE, Workspace
 
 if TYPE_CHECKING:
@@ -80,15 +80,23 @@ def _begun(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
-def prepared_consortium(root: Path, sizes: Sequence[int] = SIZES) -> tuple[str, ...]:
-    """Simulate a study of tables with secure sums, to where a run can begin; give its sites."""
+def prepared_consortium(
+    root: Path, sizes: Sequence[int] = SIZES, *, more: str = ""
+) -> tuple[str, ...]:
+    """Simulate a study of tables with secure sums, to where a run can begin; give its sites.
+
+    Parameters
+    ----------
+    more
+        Sections of its protocol.
+    """
     from flows.demo import write_consortium
     from flows.protocol import load_protocol
 
     sites = write_consortium(root, sizes, seed=7, tables_only=True, secure_sum=True)
     study = root / STUDY_FILE
     timeout = f"[federation]\ntimeout_s = {TIMEOUT_S}\n"
-    study.write_text(study.read_text().replace("[federation]\n", timeout))
+    study.write_text(study.read_text().replace("[federation]\n", timeout) + more)
     protocol = load_protocol(study)
     for site in sites:
         prepare_site(Workspace(root=root).site(site), protocol)
@@ -425,6 +433,39 @@ def undisturbed(parties: Loopback) -> Iterator[Clean]:
         found = run_federation(parties.protocol.plan(run), faults, on_round=rounds.append)
         engine_round_s = link.time_engine(found)["engine_round_s"]
     yield Clean(run, found, expected, rounds, engine_round_s, parties.charged(), faults.heard)
+
+
+@contextmanager
+def another_study(parties: Loopback, *, more: str) -> Iterator[Loopback]:
+    """Lead the kits of the same parties to another protocol's folder, for as long as this lasts.
+
+    Parameters
+    ----------
+    more
+        Sections of the protocol.
+    """
+    from flows.approvals import FOLDER, write_approval
+    from flows.demo import KITS
+    from flows.gate import approve_at
+    from flows.protocol import load_protocol
+
+    with plain_folder() as root:
+        sites = prepared_consortium(root, more=more)
+        for party in (*sites, COORDINATOR):
+            for key in (parties.root / party).glob("identity.*"):
+                (root / party).mkdir(exist_ok=True)
+                shutil.copy2(key, root / party)
+        (root / KITS).symlink_to(parties.root / KITS)
+        consortium = read_consortium(parties.kits[COORDINATOR] / CONSORTIUM_FILE)
+        for site in sites:
+            approval = approve_at(root, site, consortium, say=lambda _: None)
+            write_approval(approval, root / COORDINATOR / FOLDER)
+            set_home(parties.kits[site], root)
+        try:
+            yield replace(parties, root=root, protocol=load_protocol(root / STUDY_FILE))
+        finally:
+            for site in sites:
+                set_home(parties.kits[site], parties.root)
 
 
 def charged(ledger: Path) -> int:

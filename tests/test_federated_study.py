@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from typing import TYPE_CHECKING
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from flows.gate import PRIVACY
 from fusion import messages as m
+from fusion.differential_privacy import Budget, PrivacyLedger
+from fusion.federation import PROTOCOL, QuorumNotMet, run_federation
+from infra.settings import STUDY_FILE, Workspace
 from tests import federated, test_canary
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from tests.federated import Clean, Loopback
     from tests.test_canary import Finished
 
@@ -92,9 +102,85 @@ def test_a_whole_study_over_the_engine_is_that_of_pooled_rows_and_not_done_twice
 ) -> None:
     first, again = finished.said
     assert (first["federation"], first["sums"]) == ("flare", "secure_sum")
-    assert first["max_coefficient_gap"] <= 1e-6
+    assert first["max_coefficient_gap"] <= 1e-6  # to an independent fit of all rows
     assert len(first["round_s"]) == first["messages"]
     assert first["engine_round_s"] > 0
     assert (first["reused"], again["reused"]) == (False, True)
     assert again["run"] == first["run"]
     assert again["coefficients"] == first["coefficients"]
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Run the demonstration over the engine as people type it; give its folder and its JSON."""
+    with federated.plain_folder() as folder:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-W", "ignore", "-c", "from flows.cli import main; main()"),
+                *("demo", "--tables-only", "--federation", "flare", "--json"),
+                *("--sites", ",".join(map(str, federated.SIZES)), "--out", str(folder / "demo")),
+            ],
+            capture_output=True, text=True, timeout=500, check=False, cwd=folder,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        yield folder / "demo", json.loads(done.stdout)
+
+
+def test_the_demonstration_over_the_engine_is_that_of_one_process(
+    demo: tuple[Path, dict[str, Any]],
+) -> None:
+    from flows.links import InMemory
+    from flows.protocol import load_protocol
+    from flows.reference import max_coefficient_gap
+
+    root, said = demo
+    workspace, protocol = Workspace(root=root), load_protocol(root / STUDY_FILE)
+    inside = InMemory(workspace, protocol, tuple(workspace.site_names()))
+    plan = protocol.plan(inside.run_key())
+    inside.open(plan)
+    expected = run_federation(plan, inside)
+    consortium = inside.consortium()
+    assert consortium is not None
+    assert said["run"] == plan.run
+    np.testing.assert_allclose(
+        said["coefficients"], expected.models[PROTOCOL].coefficients, atol=1e-8, rtol=0
+    )
+    gap = max_coefficient_gap(consortium, expected)
+    assert abs(said["max_coefficient_gap"] - gap) <= 1e-8
+
+
+def test_the_demonstration_over_the_engine_tells_its_rounds_and_that_sums_were_secure(
+    demo: tuple[Path, dict[str, Any]],
+) -> None:
+    _, said = demo
+    assert (said["federation"], said["sums"], said["n_training_sites"]) == (
+        "flare", "secure_sum", 3,
+    )  # fmt: skip
+    assert len(said["round_s"]) == said["messages"] >= 30
+    assert all(isinstance(x, float) for x in (*said["round_s"], said["engine_round_s"]))
+    assert {"simulate", "prepare", "train", "connect", "study", "total"} <= said["wall_s"].keys()
+
+
+def test_a_budget_is_spent_once_over_the_engine_and_the_next_run_gets_nothing(
+    parties: Loopback,
+) -> None:
+    budget = Budget(epsilon=3.0)
+    noisy = f"[differential_privacy]\nepsilon = {budget.epsilon}\n"
+    with federated.another_study(parties, more=noisy) as study, study.link() as link:
+        plan = study.protocol.plan(link.run_key())
+        first = run_federation(plan, link)
+        ledgers = [study.root / site / PRIVACY for site in parties.sites]
+        for path in ledgers:
+            spent = PrivacyLedger(path, epsilon=budget.epsilon, delta=budget.delta).spent()
+            assert 2.9 < spent <= budget.epsilon
+        kept = [path.read_bytes() for path in ledgers]
+        link.again(plan.run)  # in new processes
+        again = run_federation(plan, link)
+        with pytest.raises(QuorumNotMet):
+            run_federation(study.protocol.plan("e" * 64), link)
+        assert [path.read_bytes() for path in ledgers] == kept
+    assert set(first.models) == set(again.models)
+    for arm, model in first.models.items():
+        np.testing.assert_allclose(
+            again.models[arm].coefficients, model.coefficients, atol=1e-10, rtol=0
+        )
