@@ -22,14 +22,24 @@ from typer.testing import CliRunner
 from flows import serve
 from flows.cli import app
 from flows.databases import databases_of, make_databases
+from flows.demo import write_consortium
+from flows.deployments import RETRY, retry_crashed
 from flows.keeping import Kept
-from flows.lost_runs import AUTOMATION, end_lost_runs, speak_for_waiting, watch_for_silence
+from flows.lost_runs import (
+    AUTOMATION,
+    SILENT,
+    end_lost_runs,
+    end_stuck_runs,
+    speak_for_waiting,
+    watch_for_silence,
+)
 from flows.prefect_api import PrefectApi
 from flows.serve import Services, client_environment, health, running, store_folder
 from flows.service_programs import MARK, end_marked, marked
-from flows.services import Server, ServiceError, free_port
+from flows.services import Server, ServiceError, _prefect, free_port
 from infra.settings import ServiceSettings, SettingsError, load_services
-from tests.postgres import postgres_program, postgres_server
+from tests.postgres import postgres_server
+from tests.topology import PartyHere
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,22 +49,37 @@ NIGHTWORK = """
 import os, time
 from pathlib import Path
 from prefect import flow
+from prefect.runtime import flow_run
+
+ROOT = Path(os.environ.get("CONSILIUM_ROOT", "."))
 
 @flow(name="wait", persist_result=False)
-def wait(seconds: int) -> None:
+def wait(n: int) -> None:
     print("written by the flow", flush=True)
-    root = Path(os.environ["CONSILIUM_ROOT"])
     names = ("CONSILIUM_TRACKING_URI", "PREFECT_LOGGING_TO_API_ENABLED", "NO_PROXY",
              "PREFECT_RESULTS_LOCAL_STORAGE_PATH", "CONSILIUM_DATABASE_URL")
-    (root / "seen.txt").write_text("\\n".join(f"{x}={os.environ.get(x)}" for x in names))
-    time.sleep(seconds)
+    (ROOT / "seen.txt").write_text("\\n".join(f"{x}={os.environ.get(x)}" for x in names))
+    time.sleep(n)
+
+@flow(name="meet", persist_result=False)
+def meet(n: int) -> None:
+    met = ROOT / "met"
+    met.mkdir(exist_ok=True)
+    (met / str(flow_run.id)).write_text(os.environ["CONSILIUM_SERVED_AS"])
+    while len(list(met.iterdir())) < n:
+        time.sleep(0.2)
+
+@flow(name="hold", persist_result=False)
+def hold(n: int) -> None:
+    while not (ROOT / f"go-{n}").exists():
+        time.sleep(0.2)
 """
 DEPLOY = """
 import asyncio, os, sys
 from pathlib import Path
 from flows.serve import client_environment, running
 
-root = Path(sys.argv[1])
+root, name = Path(sys.argv[1]), sys.argv[2]
 found = running(root)
 os.environ.update(client_environment(found, root))
 import nightwork
@@ -63,15 +88,18 @@ from prefect.deployments import run_deployment
 
 async def deploy():
     async with get_client() as client:
-        flow = await client.create_flow(nightwork.wait)
+        flow = await client.create_flow(getattr(nightwork, name))
         await client.create_deployment(
-            flow_id=flow, name="night", work_pool_name=found.pool, entrypoint="nightwork.wait"
+            flow_id=flow, name="night", work_pool_name=found.pool, entrypoint=f"nightwork.{name}",
+            tags=["consilium"],
         )
 
 asyncio.run(deploy())
-for seconds in sys.argv[2:]:
-    print(run_deployment("wait/night", parameters={"seconds": int(seconds)}, timeout=0).id)
+for n in sys.argv[3:]:
+    print(run_deployment(f"{name}/night", parameters={"n": int(n)}, timeout=0).id)
 """
+# What a database, or whoever speaks with it, says when several are in each other's way.
+COLLISIONS = ("deadlock", "operationalerror", "too many clients", "locked")
 
 
 @pytest.fixture(autouse=True)
@@ -200,12 +228,42 @@ def test_lost_runs_are_settled_by_what_they_were_doing() -> None:
     assert all(body["force"] for _, body in api.told)
 
 
+def test_only_runs_that_wait_long_for_their_process_or_its_end_are_stuck() -> None:
+    now = datetime.now(UTC)
+    waiting = [
+        {"id": f"{state}-{age_s}", "state_type": state,
+         "state": {"timestamp": (now - timedelta(seconds=age_s)).isoformat()}}
+        for state in ("PENDING", "CANCELLING") for age_s in (60, 601)
+    ]  # fmt: skip
+    api = FakeApi({"/flow_runs/filter": waiting})
+    assert end_stuck_runs(api, "consilium") == 2  # type: ignore[arg-type]
+    became = {path.split("/")[2]: body["state"]["type"] for path, body in api.told}
+    assert became == {"PENDING-601": "SCHEDULED", "CANCELLING-601": "CANCELLED"}
+
+
 def test_the_automation_is_made_once_and_renewed_after() -> None:
     new, old = FakeApi({}), FakeApi({"/automations/filter": [{"id": "a"}]})
     for api in (new, old):
         watch_for_silence(api)  # type: ignore[arg-type]
     assert [path for path, _ in new.told] == ["/automations/"]
     assert [path for path, _ in old.told] == ["/automations/a"]
+
+
+def test_an_automation_that_says_the_same_is_left_to_its_waiting() -> None:
+    wanted = FakeApi({})
+    watch_for_silence(wanted)  # type: ignore[arg-type]
+    known = json.loads(json.dumps(wanted.told[0][1])) | {"id": "a", "created": "then"}
+    known["trigger"] |= {"id": "b", "expect": known["trigger"]["expect"][::-1]}
+    known["actions"][0]["force"] = False
+    same, limited, longer = (FakeApi({"/automations/filter": [known]}) for _ in range(3))
+    watch_for_silence(same)  # type: ignore[arg-type]
+    watch_for_silence(limited, deployed_only=True)  # type: ignore[arg-type]
+    watch_for_silence(longer, silence_s=120)  # type: ignore[arg-type]
+    assert same.told == []
+    assert [path for path, _ in limited.told + longer.told] == ["/automations/a"] * 2
+    known["trigger"]["match_related"] = {"prefect.resource.id": "prefect.tag.consilium"}
+    watch_for_silence(same)  # type: ignore[arg-type]
+    assert [path for path, _ in same.told] == ["/automations/a"]
 
 
 def test_prefect_understands_the_automation() -> None:
@@ -223,6 +281,20 @@ def test_prefect_understands_the_automation() -> None:
     assert {f"prefect.flow-run.{x}" for x in signs} <= trigger.expect
 
 
+@pytest.mark.parametrize(("tag", "is_ours"), [("consilium", True), ("somebody-elses", False)])
+def test_silence_of_runs_of_others_on_a_shared_server_is_theirs(tag: str, is_ours: bool) -> None:
+    from prefect.server.events.schemas.automations import EventTrigger
+    from prefect.server.events.schemas.events import RelatedResource, Resource
+
+    api = FakeApi({})
+    watch_for_silence(api, deployed_only=True)  # type: ignore[arg-type]
+    trigger = EventTrigger.model_validate(api.told[0][1]["trigger"])
+    run = Resource.model_validate({"prefect.resource.id": "prefect.flow-run.x"})
+    with_tag = {"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"}
+    related = [RelatedResource.model_validate(with_tag)]
+    assert trigger.covers_resources(run, related) == is_ours
+
+
 def test_only_a_run_that_has_just_begun_to_wait_gets_a_sign() -> None:
     now = datetime.now(UTC)
     waiting = [
@@ -230,7 +302,7 @@ def test_only_a_run_that_has_just_begun_to_wait_gets_a_sign() -> None:
         for name, age_s in (("new", 60), ("old", 600))
     ]
     api = FakeApi({"/flow_runs/filter": waiting})
-    speak_for_waiting(api)  # type: ignore[arg-type]
+    speak_for_waiting(api, "consilium")  # type: ignore[arg-type]
     (path, events), *more = api.told
     assert (path, more) == ("/events", [])
     assert [x["resource"]["prefect.resource.id"] for x in events] == ["prefect.flow-run.new"]
@@ -328,6 +400,7 @@ class Running:
     root: Path
     process: subprocess.Popen[str]
     said: list[str]
+    database_url: str = ""
 
     @property
     def services(self) -> Services:
@@ -376,10 +449,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield started
 
 
-def deployed(root: Path, *seconds: int) -> list[str]:
-    """Deploy the flow to the running server, and ask for one run of each length."""
+def deployed(root: Path, *values: int, flow: str = "wait") -> list[str]:
+    """Deploy a flow to the running server, and ask for one run with each value."""
     done = subprocess.run(
-        [sys.executable, "-c", DEPLOY, str(root), *map(str, seconds)],
+        [sys.executable, "-c", DEPLOY, str(root), flow, *map(str, values)],
         env={**os.environ, "PYTHONPATH": str(root)},
         cwd=root,
         capture_output=True,
@@ -515,29 +588,125 @@ def test_killing_serve_leaves_nothing_alive_and_the_next_settles_its_runs(site: 
     assert not (site.root / "services.json").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(postgres_program("initdb") is None, reason="PostgreSQL is not installed")
-def test_five_workers_on_postgresql_lose_no_run(tmp_path: Path) -> None:
-    root = a_site(tmp_path / "site")
+@pytest.fixture(scope="module")
+def five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Serve a site with five workers of one run each, on PostgreSQL."""
+    folder = tmp_path_factory.mktemp("five")
+    root = a_site(folder / "site")
     (root / "nightwork.py").write_text(NIGHTWORK)
-    with (
-        postgres_server(tmp_path, databases=()) as url,
-        serving(root, "--workers", "5", CONSILIUM_DATABASE_URL=url) as started,
-    ):
-        assert [x for x in started.said if "ready" in x] == [
-            f"worker {at}: pool consilium, ready" for at in range(1, 6)
-        ]
-        assert started.services.tracking_uri == f"sqlite:///{root / 'runs/mlflow.db'}"
-        wanted = deployed(root, *[1] * 8)
-        _until(lambda: set(started.runs().values()) == {"COMPLETED"}, timeout_s=240)
-        assert set(started.runs()) == set(wanted)
-        secret = url.split(":")[2].split("@")[0]
-        for process in _tree(started.process.pid):
-            assert secret not in _command(process)
-    logs = "".join(x.read_text() for x in (root / "logs").glob("*.log"))
-    assert "locked" not in logs
+    with postgres_server(folder, databases=()) as url:
+        settings = {"CONSILIUM_DATABASE_URL": url, "CONSILIUM_WORKER_LIMIT": "1"}
+        settings["CONSILIUM_SILENCE_S"] = "45"
+        with serving(root, "--workers", "5", **settings) as started:
+            started.database_url = url
+            yield started
+
+
+@pytest.mark.slow
+def test_five_workers_on_postgresql_share_the_work_and_lose_no_run(five: Running) -> None:
+    root = five.root
+    assert [x for x in five.said if "ready" in x] == [
+        f"worker {at}: pool consilium, ready" for at in range(1, 6)
+    ]
+    assert five.services.tracking_uri == f"sqlite:///{root / 'runs/mlflow.db'}"
+    # The first five end when five have begun: at no worker, which has one place, do two meet.
+    wanted = deployed(root, *[5] * 8, flow="meet")
+    _until(lambda: set(five.runs().values()) == {"COMPLETED"}, timeout_s=240)
+    assert set(five.runs()) == set(wanted)
+    workers = {run.name: run.read_text() for run in (root / "met").iterdir()}
+    assert set(workers) == set(wanted)
+    assert len(set(workers.values())) == 5
+    secret = five.database_url.split(":")[2].split("@")[0]
+    for process in _tree(five.process.pid):
+        assert secret not in _command(process)
+    logs = "".join(x.read_text() for x in _logs(root))
+    assert "worker" in logs
+    assert "database system is ready" in logs
+    assert [x for x in COLLISIONS if x in logs.lower()] == []
     assert secret not in logs
     assert not (root / "prefect/prefect.db").exists()
+
+
+def _logs(root: Path) -> list[Path]:
+    """Logs of a site's services, and of PostgreSQL's server beside it."""
+    return [*(root / "logs").glob("*.log"), *root.parent.glob("*.log")]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_with_its_worker_is_found_by_its_silence(five: Running) -> None:
+    """The other workers live, so that nobody settles the lost run but the automation."""
+    api, root = five.api, five.root
+    retry_crashed(api)
+    (run,) = deployed(root, 1, flow="hold")
+    (engine,) = _engine(five.process.pid)
+    of_run = {"any_resource": {"id": [f"prefect.flow-run.{run}"]}}
+    asked = {"filter": {"event": {"name": ["prefect.flow-run.heartbeat"]}, **of_run}}
+    _until(lambda: api.post("/events/filter", asked)["total"] > 0, timeout_s=60)
+    for process in _above(engine, below=five.process.pid):
+        os.kill(process, signal.SIGKILL)
+    assert five.process.stdout is not None
+    assert ": ended with code -9; starting it again" in five.process.stdout.readline()
+    assert ": ready again" in five.process.stdout.readline()
+    assert not _lives(engine)
+    assert five.runs()[run] == "RUNNING"
+    (root / "go-1").touch()
+    _until(lambda: five.runs()[run] == "COMPLETED", timeout_s=240)
+    states = api.get(f"/flow_run_states/?flow_run_id={run}")
+    (crash,) = [x for x in states if x["type"] == "CRASHED"]
+    assert crash["message"] == SILENT
+    assert [x["type"] for x in states].count("RUNNING") == 2
+
+
+def _above(process: int, *, below: int) -> list[int]:
+    """Give a process and those above it, up to but without another one."""
+    found = [process]
+    while (parent := _parents()[found[-1]]) != below:
+        found.append(parent)
+    return found
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """Run somebody else's Prefect server; give its address, and what it wants from clients."""
+    root = tmp_path / "hub"
+    auth = serve._auth_string(root)
+    settings = serve._server_settings(root, auth, None)
+    home, log = root / "prefect", root / "prefect.log"
+    with _prefect(home, port=free_port(), mode="ui", log=log, more=settings) as server:
+        server.wait_ready()
+        yield server.api_url, auth
+
+
+@pytest.mark.slow
+def test_a_site_works_for_a_shared_server_and_tells_it_no_small_count(
+    hub: tuple[str, str], tmp_path: Path
+) -> None:
+    url, auth = hub
+    write_consortium(tmp_path, (60, 40), seed=1, tables_only=True)
+    root = tmp_path / "site-01"
+    study = (tmp_path / "study.toml").read_text()
+    (root / "study.toml").write_text(study.replace("cell = 1", "cell = 10"))
+    with (root / "manifest.csv").open("a") as manifest:
+        manifest.write("site-01-0001,pathology,lost.csv,,\n")
+    settings = {"CONSILIUM_PREFECT_AUTH": auth, "CONSILIUM_MLFLOW_PORT": str(free_port())}
+    site = PartyHere(root, settings, ("--prefect-server", url))
+    site.start()
+    try:
+        site.wait_ready()
+        assert (site.services.prefect_api, site.services.pool) == (url, "consilium-site-01")
+        site.consilium("deploy")
+        run = site.begin("check-data/site-01")
+        site.ends(run, "Completed")
+        (told,) = json.loads(site.artifact(run, "check-site-01")["data"])
+        assert told == {"modality": "pathology", "why": "missing_file", "inputs": "below 10"}
+        assert site.api.get(f"/flow_runs/{run}")["work_pool_name"] == "consilium-site-01"
+        automations = {x["name"]: x for x in site.api.post("/automations/filter", {})}
+        assert {AUTOMATION, RETRY} <= set(automations)
+        related = automations[AUTOMATION]["trigger"]["match_related"]
+        assert related["prefect.resource.id"] == "prefect.tag.consilium"
+    finally:
+        site.stop()
+    assert not (root / "logs/prefect.log").exists()
 
 
 def _get(address: str, **headers: str) -> tuple[int, Any, bytes]:
@@ -562,16 +731,21 @@ def _engine(parent: int) -> list[int]:
 
 def _tree(parent: int) -> list[int]:
     """Live processes that descend from one, itself first."""
-    parents = {}
+    parents, tree = _parents(), [parent]
+    for process_id in tree:
+        tree += [x for x, its_parent in parents.items() if its_parent == process_id]
+    return tree
+
+
+def _parents() -> dict[int, int]:
+    """Parent of every live process."""
+    found = {}
     for process in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             state, its_parent = process.read_text().rsplit(")", 1)[1].split()[:2]
             if state != "Z":
-                parents[int(process.parent.name)] = int(its_parent)
-    tree = [parent]
-    for process_id in tree:
-        tree += [x for x, its_parent in parents.items() if its_parent == process_id]
-    return tree
+                found[int(process.parent.name)] = int(its_parent)
+    return found
 
 
 def _command(pid: int) -> str:

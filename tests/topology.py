@@ -9,10 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
+from flows.policy import POLICY_FILE
 from flows.prefect_api import PrefectApi
 from flows.serve import running
 from flows.services import ServiceError, free_port
@@ -30,6 +34,30 @@ if TYPE_CHECKING:
 SIZES = (110, 100)
 _COMMAND = [sys.executable, "-W", "ignore", "-c", "from flows.cli import main; main()"]
 _TERMINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+QUORUM = 2
+# Lets a party's programs read another policy than the one of this checkout.
+_OWN_POLICY = """
+import importlib.abc, importlib.util, os, sys
+from pathlib import Path
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "flows.policy":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def then(module):
+            run(module)
+            module.read_policy.__defaults__ = (Path(os.environ["OWN_POLICY"]),)
+
+        spec.loader.exec_module = then
+        return spec
+
+if "OWN_POLICY" in os.environ:
+    sys.meta_path.insert(0, Finder())
+"""
 
 
 @dataclass
@@ -38,7 +66,9 @@ class PartyHere:
 
     root: Path
     environment: dict[str, str]
+    options: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
+    federation: subprocess.Popen[bytes] | None = None
     services: Services = field(init=False)
 
     def consilium(self, *arguments: str | Path, check: bool = True) -> str:
@@ -67,7 +97,7 @@ class PartyHere:
         (self.root / "logs").mkdir(exist_ok=True)
         with (self.root / "logs/serve.log").open("wb") as output:
             self.process = subprocess.Popen(
-                [*_COMMAND, "serve"],
+                [*_COMMAND, "serve", *self.options],
                 cwd=self.root,
                 env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
@@ -116,12 +146,42 @@ class PartyHere:
         assert until(reached, within_s), (state, self.logs())
         return state
 
+    def ends(self, run: str, name: str) -> dict[str, Any]:
+        """Wait until a run has ended in a state of this name; give the state."""
+        state = self.wait(run)
+        assert state["name"] == name, (state, self.logs())
+        return state
+
     def runs(self, flow: str) -> list[dict[str, Any]]:
         """Every run of a flow."""
         found: list[dict[str, Any]] = self.api.post(
             "/flow_runs/filter", {"flows": {"name": {"any_": [flow]}}}
         )
         return found
+
+    def whole_logs(self) -> str:
+        """Everything that the party's services wrote down."""
+        return "\n".join(x.read_text(errors="replace") for x in self.root.glob("logs/*.log"))
+
+    def artifact(self, run: str, key: str) -> dict[str, Any]:
+        """Something that a run published; a run that waited published it again."""
+        asked = {"artifacts": {"flow_run_id": {"any_": [run]}, "key": {"any_": [key]}}}
+        found: list[dict[str, Any]] = self.api.post("/artifacts/filter", asked)
+        assert found, (run, key)
+        return found[-1]
+
+    def grow(self, n: int) -> None:
+        """Let patients come: each like one who is there, with everything that can be known."""
+        manifest = _table(self.root / "manifest.csv")
+        known = [set(of["patient_id"]) for _, of in manifest.groupby("modality")]
+        new = {old: f"{old}-too" for old in sorted(set.intersection(*known))[:n]}
+        assert len(new) == n
+        for path in (*map(self.root.joinpath, set(manifest["path"])),
+                     *(self.root / x for x in ("manifest.csv", "clinical.csv"))):  # fmt: skip
+            table = _table(path)
+            more = table[table["patient_id"].isin(new)].copy()
+            more["patient_id"] = more["patient_id"].map(new)
+            pd.concat([table, more]).to_csv(path, index=False)
 
     def logs(self) -> str:
         """Last lines of the party's own logs."""
@@ -143,6 +203,16 @@ class Topology:
     def parties(self) -> list[PartyHere]:
         """Coordinator first."""
         return [self.coordinator, *self.sites.values()]
+
+
+def _table(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+def side_by_side(do: Callable[[PartyHere], object], parties: Sequence[PartyHere]) -> None:
+    """Do something at several parties at once."""
+    with ThreadPoolExecutor(len(parties)) as pool:
+        list(pool.map(do, parties))
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -187,6 +257,7 @@ def topology(schedules: Mapping[str, Mapping[str, str]], *, workers: int) -> Ite
             for name in ("coordinator", *names)
         }
         parties["coordinator"].environment["CONSILIUM_WORKERS"] = str(workers)
+        parties["coordinator"].environment |= _policy(folder)
         found = Topology(parties.pop("coordinator"), parties, planted)
         for party in found.parties:
             stack.callback(party.stop)
@@ -234,6 +305,18 @@ def _party(root: Path, database: str, schedules: Mapping[str, str]) -> PartyHere
     )
 
 
+def _policy(folder: Path) -> dict[str, str]:
+    """Write the coordinator's policy, which asks for two approvals; its programs read that one."""
+    code = folder / "policy"
+    code.mkdir()
+    (code / "sitecustomize.py").write_text(_OWN_POLICY)
+    text = POLICY_FILE.read_text()
+    assert "quorum: 1 " in text
+    (code / POLICY_FILE.name).write_text(text.replace("quorum: 1 ", f"quorum: {QUORUM} "))
+    path = [str(code), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"OWN_POLICY": str(code / POLICY_FILE.name), "PYTHONPATH": os.pathsep.join(path)}
+
+
 def _provision(found: Topology) -> None:
     """Keys, kits and approvals, each made where it is made between hospitals."""
     home = found.coordinator.root
@@ -257,23 +340,21 @@ def _provision(found: Topology) -> None:
 @contextmanager
 def _federation(found: Topology) -> Iterator[None]:
     """Every party's end of the federation, as `consilium federation start` runs it."""
-    processes = []
     try:
         for name, party in {"coordinator": found.coordinator, **found.sites}.items():
             home = [] if name == "coordinator" else ["--site-home", party.root]
             arguments = ["federation", "start", "--kit", party.root / "kits" / name, *home]
             with (party.root / "logs/federation.log").open("wb") as output:
-                processes.append(
-                    subprocess.Popen(
-                        [*_COMMAND, *map(str, arguments)],
-                        cwd=party.root,
-                        env={**os.environ, **party.environment},
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
+                party.federation = subprocess.Popen(
+                    [*_COMMAND, *map(str, arguments)],
+                    cwd=party.root,
+                    env={**os.environ, **party.environment},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
                 )
         yield
     finally:
-        end([*processes, *(x.process for x in found.parties if x.process is not None)])
+        started = [y for x in found.parties for y in (x.federation, x.process)]
+        end([x for x in started if x is not None])
