@@ -92,7 +92,8 @@ _MINIMUMS = {
 _ALARMS = {
     "below_chance": "patients at higher predicted hazard lived longer",
     "worse_than_own": "the federated model orders patients worse than the site's own",
-    "unlike_the_others": "its patients do not fit the model as those of the other sites do",
+    "unlike_the_others": "the federated model does much worse there than at the other sites",
+    "unlike_in_training": "risk varies in its training rows not as the other sites' model says",
 }
 NONE_RELEASED = "no site could release it"
 

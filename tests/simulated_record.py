@@ -234,7 +234,7 @@ def results() -> StudyResults:
         ridge={"clinical": 0.03, "radiology": 0.1, PROTOCOL: 0.01},
         alarms=(
             SiteAlarm("site-02", "worse_than_own", -2.61),
-            SiteAlarm("site-03", "unlike_the_others", -3.42),
+            SiteAlarm("site-03", "unlike_in_training", -3.42),
         ),
     )  # fmt: skip
 

@@ -61,5 +61,5 @@ def test_a_summary_tells_the_pooled_gain_and_every_alarm(tmp_path: Path) -> None
     assert found["holdout_gain"]["value"] == gain.value
     assert found["alarms"] == [
         {"site": "site-02", "reason": "worse_than_own", "z": -2.61},
-        {"site": "site-03", "reason": "unlike_the_others", "z": -3.42},
+        {"site": "site-03", "reason": "unlike_in_training", "z": -3.42},
     ]

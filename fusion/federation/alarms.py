@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fusion.federation.plan import FederationPlan
     from fusion.newton import LikelihoodSums, NewtonFit
 
-Alarm = Literal["worse_than_own", "below_chance", "unlike_the_others"]
+Alarm = Literal["worse_than_own", "below_chance", "unlike_the_others", "unlike_in_training"]
 
 # One-sided: of the model at a site, and of a site among others.
 _TELLS: Final = 2.33
@@ -39,7 +39,8 @@ class SiteAlarm:
     reason
         ``worse_than_own``: the site's own model orders its patients better; ``below_chance``: those
         at higher hazard lived longer; ``unlike_the_others``: the model does much worse than at the
-        other sites together.
+        other sites together; ``unlike_in_training``: risk varies in its training rows not as the
+        other sites' model says.
     z
         In standard errors; the further below zero, the surer.
     """
@@ -141,7 +142,15 @@ def slope_alarms(
     if len(behind) < 2:
         return ()
     z = {site: _slope_z(fit, behind, site, first) for site in behind}
-    return tuple(SiteAlarm(s, "unlike_the_others", x) for s, x in z.items() if x < -_STANDS_OUT)
+    return tuple(SiteAlarm(s, "unlike_in_training", x) for s, x in z.items() if x < -_STANDS_OUT)
+
+
+def surest(alarms: Sequence[SiteAlarm]) -> tuple[SiteAlarm, ...]:
+    """Keep one alarm for each site and reason: of several fits, that of which it is surest."""
+    found: dict[tuple[str, Alarm], SiteAlarm] = {}
+    for alarm in sorted(alarms, key=lambda x: x.z):
+        found.setdefault((alarm.site, alarm.reason), alarm)
+    return tuple(sorted(found.values(), key=lambda x: x.site))
 
 
 def _slope_z(fit: NewtonFit, behind: Mapping[str, LikelihoodSums], site: str, first: int) -> float:

@@ -12,7 +12,7 @@ from fusion import messages as m
 from fusion.averaging import AveragedFit
 from fusion.encoder_spec import random_projection
 from fusion.evaluation import Estimate, heterogeneity
-from fusion.federation.alarms import SiteAlarm, site_alarms, slope_alarms
+from fusion.federation.alarms import SiteAlarm, site_alarms, slope_alarms, surest
 from fusion.federation.bounds import BoundsBroken, is_stationary
 from fusion.federation.conversation import (
     Conversation,
@@ -198,6 +198,11 @@ class Coordinator:
                 )
         self.fit_rounds |= {n: fit.newton.rounds for n, fit in fits.items() if fit.newton.converged}
 
+    def _look_at(self, fits: Mapping[str, Fit], *, first: int = 0) -> None:
+        """Keep the alarms that the sites' own sums of some fits raise."""
+        for fit in fits.values():
+            self._alarms += slope_alarms(fit.newton, fit.by_site, first=first)
+
     def fit_encoders(self) -> Encoders:
         """Fit the consortium's encoders, with out-of-fold fits where every site allows.
 
@@ -222,6 +227,7 @@ class Coordinator:
         }
         self._fit(fits, stage="encoders")
         fitted = [x for x in offered if fits[x].newton.converged]
+        self._look_at({x: fits[x] for x in fitted if not self.plan.l1_ratio.get(x)})
         found = {n: f.newton for n, f in fits.items() if n.partition("/")[0] in fitted}
         if not fitted:
             return {}, {}
@@ -374,7 +380,7 @@ class Coordinator:
         }
         groups = self._groups(risk, arms)
         fit = fits[PROTOCOL]
-        self._alarms = slope_alarms(fit.newton, fit.by_site, first=self.plan.n_baseline)
+        self._look_at({PROTOCOL: fit}, first=self.plan.n_baseline)
         return FusionFit(
             models=models,
             groups=groups,
@@ -547,7 +553,7 @@ class Coordinator:
             heterogeneity=fusion.heterogeneity,
             evaluations=evaluations,
             calibration_slope=calibration_slope,
-            alarms=(*self._alarms, *site_alarms(self.plan, evaluations)),
+            alarms=(*surest(self._alarms), *site_alarms(self.plan, evaluations)),
             fit_rounds=dict(self.fit_rounds),
             ridge=encoders.ridge | {PROTOCOL: fusion.ridge},
             rounds=tuple(self.talk.rounds),
