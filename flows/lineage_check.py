@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from flows.extraction import Ledger, bag_path
 from flows.identity import public_key
 from flows.lineage import find_snapshot, last_cohort
 from flows.lineage_decisions import check_decisions
-from flows.lineage_items import COORDINATOR, FAULTS, NOT_THERE, Item, counted, item_values
+from flows.lineage_inputs import assignment_item, input_items, manifest_item
+from flows.lineage_items import COORDINATOR, FAULTS, NOT_THERE, Item, item_values
 from flows.lineage_logged import check_shown
 from flows.model_signing import (
     ModelNotTrusted,
@@ -24,25 +24,19 @@ from flows.snapshots import FEATURES, FOLDER, snapshot_state
 from flows.versions import CODE, git_commit, lock_digest, source_digest
 from fusion.keys import digest, verify
 from infra.settings import STUDY_FILE, SettingsError
-from modalities.clinical import ClinicalSpec, read_registry
-from modalities.cohort import DataError, read_manifest
 from modalities.files import digest_path
-from modalities.pathology import read_marks
 
 __all__ = ["FAULTS", "Item", "check_lineage", "check_site", "item_values"]
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
     from pathlib import Path
-
-    from mudata import MuData
 
     from flows.lineage import Lineage
     from flows.lineage_items import State
-    from flows.protocol import ModalitySpec, StudyProtocol
+    from flows.protocol import StudyProtocol
     from flows.provenance import Provenance
     from infra.settings import SiteSettings
-    from modalities.cohort import ManifestRow
 
 _INPUT: Final = "input_digest"
 _DOSSIER: Final = "dossier/"  # it is written anew with every decision
@@ -171,7 +165,7 @@ def check_site_files(settings: SiteSettings) -> Iterator[Item]:
         shown = name if not name.endswith(".h5") else f"slide features {number}"
         yield Item(settings.name, shown, "missing" if state == "missing" else "changed", name)
     if not faults:
-        yield Item(settings.name, "cohort, snapshots, features and encoders", "whole")
+        yield Item(settings.name, "cohort, assignments, snapshots, features and encoders", "whole")
 
 
 def check_site_models(settings: SiteSettings) -> Iterator[Item]:
@@ -201,109 +195,15 @@ def _cohort_items(
         return
     number, cohort = snapshot
     yield Item(settings.name, f"cohort of this version, snapshot {number}", "whole")
+    folder = settings.path(FOLDER, f"{number:04d}")
+    yield assignment_item(settings, cohort)
+    yield manifest_item(settings, cohort, folder)
     try:
         protocol = read()
     except LineageError as error:
         yield Item(settings.name, "raw inputs", "elsewhere", why=str(error))
         return
-    features = settings.path(FOLDER, f"{number:04d}", FEATURES)
-    yield from _input_items(settings, protocol, cohort, features)
-
-
-def _input_items(
-    settings: SiteSettings, protocol: StudyProtocol, cohort: MuData, features: Path
-) -> Iterator[Item]:
-    """Read raw inputs anew, byte for byte, and hold them against what the cohort was made from."""
-    try:
-        rows, _ = read_manifest(settings.path(settings.manifest), protocol.modalities)
-    except DataError as error:
-        yield Item(settings.name, "manifest", "elsewhere", why=str(error))
-        rows = []
-    for modality in sorted(cohort.mod):
-        spec = protocol.modality[modality]
-        if isinstance(spec, ClinicalSpec):
-            yield _registry_item(settings, spec, cohort, modality)
-        else:
-            mine = [row for row in rows if row.modality == modality]
-            known = _known_sources(cohort, modality, mine, settings, features)
-            yield from _raw_items(settings, modality, spec, known)
-
-
-def _registry_item(
-    settings: SiteSettings, spec: ClinicalSpec, cohort: MuData, modality: str
-) -> Item:
-    path = settings.path(settings.clinical)
-    if not path.is_file():
-        return Item(settings.name, modality, "elsewhere")
-    file = _relative(path, settings)
-    try:
-        registry, _ = read_registry(path, spec)
-    except DataError as error:
-        return Item(settings.name, modality, "changed", file, str(error))
-    now = registry.covariates.obs["input_digest"].astype(str)
-    then = cohort.mod[modality].obs["input_digest"].astype(str)
-    n_changed = int((now.reindex(then.index) != then).sum())
-    if n_changed:
-        rows = "row is" if n_changed == 1 else "rows are"
-        why = f"{n_changed} {rows} not as this version read"
-        return Item(settings.name, modality, "changed", file, why)
-    return Item(settings.name, modality, "whole", file)
-
-
-def _known_sources(
-    cohort: MuData,
-    modality: str,
-    rows: Sequence[ManifestRow],
-    settings: SiteSettings,
-    features: Path,
-) -> list[tuple[ManifestRow, str]]:
-    """Pair each raw input that the site still lists with the digest that it had."""
-    obs = cohort.mod[modality].obs
-    if "bag" not in obs:
-        then = obs["source_digest"].astype(str) if "source_digest" in obs else obs["input_digest"]
-        return [(row, str(then[row.patient_id])) for row in rows if row.patient_id in then.index]
-    bags = {x for text in obs["bag"].astype(str) for x in text.split(";")}
-    found = []
-    for row in rows:
-        name = f"{modality}/{bag_path(row, settings.path(FEATURES, modality)).name}"
-        marks = read_marks(features / name, [_INPUT]) if name in bags else None
-        if marks:
-            found.append((row, marks[_INPUT]))
-    return found
-
-
-def _raw_items(
-    settings: SiteSettings,
-    modality: str,
-    spec: ModalitySpec,
-    known: Sequence[tuple[ManifestRow, str]],
-) -> Iterator[Item]:
-    ledger = Ledger(settings.path(".nothing"))  # one that remembers nothing reads every byte
-    states: dict[tuple[Path, Path | None], tuple[State, str]] = {}
-    for row, then in known:
-        place = (row.path, row.mask_path)
-        try:
-            state: State = "whole" if ledger.digest(row, spec) == then else "changed"
-            why = ""
-        except (OSError, DataError):
-            state, why = "missing", "it cannot be read"
-        if states.get(place, ("whole", ""))[0] == "whole":
-            states[place] = (state, why)
-    n_whole = sum(state == "whole" for state, _ in states.values())
-    if n_whole:
-        yield Item(settings.name, f"{modality}: {counted(n_whole, 'file')} read", "whole")
-    for number, (place, (state, why)) in enumerate(sorted(states.items(), key=str), start=1):
-        if state != "whole":
-            name = f"{modality}: file {number} of {len(states)}"
-            yield Item(settings.name, name, state, _relative(place[0], settings), why)
-    if not states:
-        yield Item(settings.name, f"{modality}: raw inputs", "elsewhere")
-
-
-def _relative(path: Path, settings: SiteSettings) -> str:
-    home = settings.home.resolve()
-    path = path.resolve()
-    return path.relative_to(home).as_posix() if path.is_relative_to(home) else path.name
+    yield from input_items(settings, protocol, cohort, folder / FEATURES)
 
 
 def _state(path: Path, expected: str) -> State:

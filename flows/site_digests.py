@@ -2,9 +2,9 @@
 
 A cohort's own digest covers who is in it and from which inputs; a changed value in its tables it
 does not see. Here every file that results rest on has its SHA-256 from the moment it was written:
-the draft with its features, each snapshot, each encoder. Whoever may write to the site's folder may
-write this file as well: it finds what changed by accident or in passing, not what a person with all
-rights wants hidden.
+the draft with its features, who is held out for testing, each snapshot, each encoder. Whoever may
+write to the site's folder may write this file as well: it finds what changed by accident or in
+passing, not what a person with all rights wants hidden.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from modalities.files import digest_path, replacing
+from flows.manifest_rows import note_rows
+from modalities.files import digest_path, fingerprint, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 DIGESTS: Final = "digests.json"
 _LOCK: Final = ".digests.lock"
 _COHORT: Final = "cohort.h5mu"
+_ASSIGNMENTS: Final = "assignments.csv"
 _FEATURES: Final = "features"
 _TABLES: Final = (".h5ad", ".h5")
+_WHOLE: Final = "whole"
 _CLOCK_NS: Final = 1_000_000_000  # a file's time may lag behind the clock
 
 
@@ -36,28 +39,36 @@ _CLOCK_NS: Final = 1_000_000_000  # a file's time may lag behind the clock
 class _Digests:
     """Per file below the site's home: size, time of change in ns, SHA-256.
 
-    ``since_ns`` is when the first night began that did not end.
+    ``since_ns`` is when the first night began that did not end; ``doubted`` are files that a night
+    adds to, and that were not as they were written when it began.
     """
 
     files: dict[str, list[int | str]] = field(default_factory=dict)
     since_ns: int | None = None
+    doubted: list[str] = field(default_factory=list)
 
 
 def begin_draft(settings: SiteSettings) -> None:
-    """Note that features and cohort are about to be written."""
+    """Note that features, cohort and assignments are about to be written, from which rows."""
+    note_rows(settings)
     with _opened(settings) as known:
         if known.since_ns is None:
             known.since_ns = time.time_ns() - _CLOCK_NS
+            entry, path = known.files.get(_ASSIGNMENTS), settings.path(_ASSIGNMENTS)
+            is_whole = entry is None or (path.is_file() and digest_path(path) == entry[2])
+            known.doubted = [] if is_whole else [_ASSIGNMENTS]
 
 
 def remember_draft(settings: SiteSettings) -> None:
-    """Digest what was written to features and cohort since :func:`begin_draft`.
+    """Digest what was written to features, cohort and assignments since :func:`begin_draft`.
 
     A file that changed before then keeps its old digest, so that the change is found.
     """
     with _opened(settings) as known:
         for path in _draft_files(settings):
             name, stat = _name(settings, path), path.stat()
+            if name in known.doubted:  # what was changed before is in what the night wrote
+                continue
             before = known.files.get(name)
             as_before = before is not None and before[:2] == [stat.st_size, stat.st_mtime_ns]
             before_us = known.since_ns is not None and stat.st_mtime_ns < known.since_ns
@@ -126,9 +137,9 @@ def recorded(settings: SiteSettings, below: str = "") -> dict[str, str]:
 
 
 def _draft_files(settings: SiteSettings) -> list[Path]:
-    found = [x for x in settings.path(_FEATURES).rglob("*") if x.suffix in _TABLES and x.is_file()]
-    cohort = settings.path(_COHORT)
-    return sorted([*found, cohort] if cohort.is_file() else found)
+    found = [x for x in settings.path(_FEATURES).rglob("*") if x.suffix in _TABLES]
+    whole = (settings.path(_COHORT), settings.path(_ASSIGNMENTS))
+    return sorted(x for x in (*found, *whole) if x.is_file())
 
 
 def _is_draft(name: str) -> bool:
@@ -146,8 +157,11 @@ def _name(settings: SiteSettings, path: Path) -> str:
 
 def _read(path: Path) -> _Digests | None:
     try:
-        found = _Digests(**json.loads(path.read_bytes()))
-        whole = all(len(entry) == 3 for entry in found.files.values())
+        values = json.loads(path.read_bytes())
+        # One of an earlier release has no digest of its own.
+        whole = values.pop(_WHOLE, None) in (None, fingerprint(values))
+        found = _Digests(**values)
+        whole = whole and all(len(entry) == 3 for entry in found.files.values())
     except FileNotFoundError:
         return _Digests()
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
@@ -164,5 +178,6 @@ def _opened(settings: SiteSettings) -> Iterator[_Digests]:
         # A damaged one is begun anew: it vouches for nothing any more.
         known = _read(path) or _Digests()
         yield known
+        values = asdict(known)
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(asdict(known)))
+            temporary.write_text(json.dumps(values | {_WHOLE: fingerprint(values)}))

@@ -16,7 +16,6 @@ As many stand behind the difference in each modality, too. Of ten who came fewer
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import glob
 import json
@@ -35,6 +34,7 @@ from flows.cohort_changes import (
     keyed_patients,
     settled,
 )
+from flows.manifest_rows import keep_rows, read_rows
 from flows.prediction_files import forget_patient
 from flows.site_digests import forget_missing, remember
 from modalities.cohort import DataError, read_cohort, read_cohort_digest, write_cohort
@@ -316,6 +316,7 @@ def _cut(settings: SiteSettings, ledger: _Ledger, cohort: MuData, draft: str) ->
         target.parent.mkdir(parents=True, exist_ok=True)
         _link(settings.path(FEATURES, reference), target)
     write_cohort(cohort, folder / COHORT)
+    keep_rows(settings, folder)
     remember(settings, (x for x in folder.rglob("*") if x.is_file()))
     snapshot = _Snapshot(
         number,
@@ -446,15 +447,7 @@ def _is_listed(settings: SiteSettings, patient_id: str) -> bool:
 
 
 def _lists(path: Path, patient_id: str) -> bool:
-    return any(row.get("patient_id") == patient_id for row in _rows(path))
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file, skipinitialspace=True, restval=""))
-    return [{k: v.strip() for k, v in row.items() if isinstance(v, str)} for row in rows]
+    return any(row.get("patient_id") == patient_id for row in read_rows(path))
 
 
 def _remove_features(settings: SiteSettings, patient_id: str) -> int:
@@ -474,7 +467,7 @@ def _remove_features(settings: SiteSettings, patient_id: str) -> int:
             kept.write_h5ad(temporary)
         remember(settings, [path])
     # Bags that no table names yet go by their slide; another's of that name is made again.
-    for row in _rows(settings.path(settings.manifest)):
+    for row in read_rows(settings.path(settings.manifest)):
         stem = Path(row.get("path", "")).stem
         if row.get("patient_id") == patient_id and stem:
             for bag in sorted(settings.path(FEATURES).glob(f"*/{glob.escape(stem)}-????????.h5")):

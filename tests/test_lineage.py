@@ -9,6 +9,8 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import pytest
@@ -17,7 +19,7 @@ from typer.testing import CliRunner
 from flows.cli import app
 from flows.identity import identity
 from flows.lineage import LineageError, lineage_values, opened_lineage
-from flows.lineage_check import FAULTS, Item, check_lineage
+from flows.lineage_check import FAULTS, Item, check_lineage, check_site
 from flows.mlflow_store import client_of
 from flows.model_signing import sign_model
 from flows.protocol import load_protocol
@@ -30,6 +32,9 @@ from infra.settings import Workspace
 from tests.lineages import SITES, cohort_of, prepare, promote, register, write_study
 
 pytestmark = pytest.mark.border
+
+if TYPE_CHECKING:
+    from infra.settings import SiteSettings
 
 NAME = "lung-os-fusion"
 OTHER = SigningKey(b"o" * 32)
@@ -84,8 +89,11 @@ def test_a_whole_lineage_has_no_fault(study: Workspace) -> None:
     assert {(x.party, x.name) for x in items} >= {
         (site, name)
         for site in SITES
-        for name in ("clinical", "cohort of this version, snapshot 1", "radiology: 1 file read")
-    }
+        for name in (
+            "clinical", "cohort of this version, snapshot 1", "radiology: 1 file read", "manifest",
+            "assignments of this version's patients",
+        )
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -117,6 +125,9 @@ def test_a_whole_lineage_has_no_fault(study: Workspace) -> None:
         ("site-02/runs/artifacts/*/models/*/artifacts/*.safetensors", "site-02", "lung-os-"),
         ("site-02/runs/artifacts/*/models/*/artifacts/README.md", "site-02", "lung-os-"),
         ("site-01/digests.json", "site-01", ""),
+        ("site-01/manifest.csv", "site-01", "manifest"),
+        ("site-02/assignments.csv", "site-02", "assignments"),
+        ("site-01/snapshots/0001/rows.json", "site-01", "snapshots/0001/rows.json"),
     ],
 )
 def test_one_changed_byte_is_found_by_name(
@@ -135,6 +146,145 @@ def test_it_does_not_matter_which_byte_of_a_cohort(study: Workspace, at: float) 
     data[int(at * len(data))] ^= 0x40
     path.write_bytes(data)
     assert ("site-01", "cohort.h5mu", "changed") in faults(study)
+
+
+@pytest.mark.parametrize("name", ["manifest.csv", "assignments.csv", "digests.json"])
+def test_no_byte_of_a_list_is_changed_unseen(study: Workspace, name: str) -> None:
+    path = study.root / "site-01" / name
+    whole = path.read_bytes()
+    spread = Random(0).sample(range(len(whole)), 25)
+    header, last = range(0, 40, 4), (len(whole) - 1,)
+    settings = study.site("site-01")
+    items = site_part(study, settings)
+    assert [x for x in items if x.state in FAULTS] == []
+    for at in {*spread, *header, *last}:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        found = {x.name for x in site_part(study, settings) if x.state in FAULTS}
+        assert any(x.startswith(name.removesuffix(".csv")) for x in found), (at, found)
+
+
+def site_part(study: Workspace, settings: SiteSettings) -> list[Item]:
+    return check_site(settings, load_protocol(study.study_file))
+
+
+def test_a_flipped_split_is_told_of_by_what_it_is(study: Workspace) -> None:
+    path = study.root / "site-01" / "assignments.csv"
+    table = pd.read_csv(path, dtype=str)
+    table.loc[5, "split"] = "train" if table.loc[5, "split"] == "test" else "test"
+    table.to_csv(path, index=False)
+    items = [x for x in verify(study) if x.state in FAULTS]
+    assert {(x.party, x.name, x.state) for x in items} == {
+        ("site-01", "assignments.csv", "changed"),
+        ("site-01", "assignments of this version's patients", "changed"),
+    }
+    assert items[-1].why == "1 patient is not assigned as this version had it"
+
+
+def come(settings: SiteSettings, *ids: str) -> None:
+    """Add patients to a site's registry, tables and manifest."""
+    home = settings.home
+    registry = pd.read_csv(home / "clinical.csv")
+    more = registry.head(len(ids)).assign(patient_id=ids)
+    pd.concat([registry, more]).to_csv(home / "clinical.csv", index=False)
+    for name in ("pathology", "radiology"):
+        table = pd.read_csv(home / f"{name}.csv")
+        more = table.head(len(ids)).assign(patient_id=ids)
+        pd.concat([table, more]).to_csv(home / f"{name}.csv", index=False)
+    with (home / "manifest.csv").open("a") as manifest:
+        manifest.writelines(f"{x},{m},{m}.csv,,\n" for x in ids for m in ("pathology", "radiology"))
+
+
+def test_a_manifest_that_grew_is_told_of_and_no_fault(study: Workspace) -> None:
+    settings = study.site("site-01")
+    with settings.path("manifest.csv").open("a") as manifest:
+        manifest.write("site-01-003,pathology,pathology.csv,,\nnew-one,radiology,radiology.csv,,\n")
+    assert faults(study) == set()
+    (item,) = [x for x in verify(study) if (x.party, x.name) == ("site-01", "manifest")]
+    assert item.state == "grown"
+    assert item.why.startswith("2 rows came since")
+    (other,) = [x for x in verify(study) if (x.party, x.name) == ("site-02", "manifest")]
+    assert other.state == "whole"
+
+
+def test_growing_nights_raise_no_false_alarm(study: Workspace) -> None:
+    settings, protocol = study.site("site-01"), load_protocol(study.study_file)
+    before = settings.path("assignments.csv").read_text()
+    for night in range(3):
+        come(settings, f"site-01-{100 + night}")
+        prepare(settings, protocol)
+    assert faults(study) == set()
+    assert settings.path("assignments.csv").read_text() > before
+    assert len(list(settings.path("snapshots").glob("[0-9]*"))) == 1
+    come(settings, *(f"site-01-{200 + i}" for i in range(12)))
+    prepare(settings, protocol)
+    cohort_of(settings, protocol)  # cuts the next snapshot
+    assert len(list(settings.path("snapshots").glob("[0-9]*"))) == 2
+    assert faults(study) == set()
+    items = {x.name: x for x in verify(study) if x.party == "site-01" and x.state == "grown"}
+    assert set(items) == {"manifest", "pathology: file 1 of 1", "radiology: file 1 of 1"}
+    assert items["manifest"].why.startswith("30 rows came since")
+    # A value of the version's own is found in what grew, too.
+    table = pd.read_csv(settings.path("radiology.csv"))
+    table.loc[4, "entropy"] += 0.001
+    table.to_csv(settings.path("radiology.csv"), index=False)
+    assert faults(study) == {("site-01", "radiology: file 1 of 1", "changed")}
+
+
+def test_a_night_does_not_bless_a_split_that_was_flipped_before_it(study: Workspace) -> None:
+    settings, protocol = study.site("site-01"), load_protocol(study.study_file)
+    come(settings, "site-01-100")  # waits in the draft, and is in no snapshot yet
+    prepare(settings, protocol)
+    path = settings.path("assignments.csv")
+    whole = path.read_text()
+    for new, old in (("train", "test"), ("test", "train")):
+        path.write_text(whole.replace(f"site-01-100,{old}", f"site-01-100,{new}"))
+    assert path.read_text() != whole
+    come(settings, "site-01-101")
+    prepare(settings, protocol)
+    assert ("site-01", "assignments.csv", "changed") in faults(study)
+    path.write_text(whole)  # from the backup; who came since is assigned as before
+    prepare(settings, protocol)
+    assert "site-01-101" in path.read_text()
+    assert ("site-01", "assignments.csv", "changed") not in faults(study)
+
+
+def test_a_night_that_was_killed_raises_no_false_alarm(study: Workspace) -> None:
+    settings, protocol = study.site("site-01"), load_protocol(study.study_file)
+    come(settings, "site-01-100")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flows.site.remember_draft", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(settings, protocol)
+    assert "site-01-100" in settings.path("assignments.csv").read_text()
+    prepare(settings, protocol)
+    assert faults(study) == set()
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("site-01-007,radiology,radiology.csv,,\n", "", "1 input is not listed"),
+        ("site-01-007,radiology,radiology.csv", "site-01-007,radiology,elsewhere.csv", "1 input"),
+        ("site-01-007,radiology", "site-01-008,radiology", "1 input is not listed"),
+        ("site-01-007,radiology,radiology.csv,,", "site-01-007,radiology,radiology.csv,,x", "1 in"),
+        ("patient_id,modality,path,mask_path,roi", "patient_id,modality,path,mask_path,roe", "48 "),
+        ("patient_id", "patient_ie", "48 inputs are not listed"),
+    ],
+)
+def test_a_row_behind_the_version_that_changed_is_found(
+    study: Workspace, old: str, new: str, why: str
+) -> None:
+    path = study.root / "site-01" / "manifest.csv"
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    (item,) = [x for x in verify(study) if (x.party, x.name) == ("site-01", "manifest")]
+    assert item.state == "changed"
+    assert item.why.startswith(why)
 
 
 def test_a_changed_outcome_in_the_registry_is_found(study: Workspace) -> None:
@@ -156,6 +306,10 @@ def test_a_changed_outcome_in_the_registry_is_found(study: Workspace) -> None:
         ("site-01/cohort.h5mu", "site-01", "cohort.h5mu"),
         ("site-01/radiology.csv", "site-01", "radiology: raw inputs"),
         ("site-01/digests.json", "site-01", "digests.json"),
+        ("site-01/manifest.csv", "site-01", "manifest"),
+        ("site-01/assignments.csv", "site-01", "assignments.csv"),
+        ("site-01/snapshots/0001/rows.json", "site-01", "snapshots/0001/rows.json"),
+        ("artifacts/*/*/artifacts/logged.json", "coordinator", "artifact logged.json"),
     ],
 )
 def test_a_missing_file_is_found_by_name(
