@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from flows.identity import public_key
 from flows.lineage import find_snapshot, last_cohort
 from flows.lineage_decisions import check_decisions
+from flows.lineage_encoders import check_site_models
 from flows.lineage_inputs import assignment_item, input_items, manifest_item
 from flows.lineage_items import COORDINATOR, FAULTS, NOT_THERE, Item, item_values
 from flows.lineage_logged import check_shown
@@ -15,11 +15,9 @@ from flows.model_signing import (
     model_faults,
     read_signature,
     trusted_keys,
-    verify_model,
 )
 from flows.provenance import LINEAGE_FILE, LineageError
 from flows.site_digests import DIGESTS, altered, is_recorded
-from flows.site_registry import encoder_folder, registered_encoders
 from flows.snapshots import FEATURES, FOLDER, snapshot_state
 from flows.versions import CODE, git_commit, lock_digest, source_digest
 from fusion.keys import digest, verify
@@ -166,21 +164,6 @@ def check_site_files(settings: SiteSettings) -> Iterator[Item]:
         yield Item(settings.name, shown, "missing" if state == "missing" else "changed", name)
     if not faults:
         yield Item(settings.name, "cohort, assignments, snapshots, features and encoders", "whole")
-
-
-def check_site_models(settings: SiteSettings) -> Iterator[Item]:
-    """Check the encoders in a site's own registry against the site's signature."""
-    own = public_key(settings.home)
-    for encoder in registered_encoders(settings):
-        folder = encoder_folder(settings, encoder)
-        name = f"{encoder.name} version {encoder.version}"
-        if folder is None:
-            yield Item(settings.name, name, "missing")
-            continue
-        try:
-            verify_model(folder, [own] if own else [])
-        except ModelNotTrusted as error:
-            yield Item(settings.name, name, "changed", why=str(error))
 
 
 def _cohort_items(

@@ -45,7 +45,7 @@ WEIGHTS: Final = "encoder.safetensors"
 RUNS: Final = "runs"
 STORE: Final = "mlflow.db"
 REGISTERED: Final = "encoders.json"
-_CURVE, _CARD, _ABOUT = "training_curve.json", "README.md", "MLmodel"
+CURVE, CARD, ABOUT = "training_curve.json", "README.md", "MLmodel"
 _KEY_TAG: Final = "consilium.encoder_key"
 _LIBRARIES: Final = ("numpy", "safetensors", "torch", "torchsurv")
 
@@ -195,16 +195,18 @@ def _register(
     with TemporaryDirectory() as written:
         folder = Path(written)
         shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
-        if (source / _CURVE).is_file():
-            shutil.copyfile(source / _CURVE, folder / _CURVE)
+        if (source / CURVE).is_file():
+            shutil.copyfile(source / CURVE, folder / CURVE)
         card = encoder_card(settings, protocol, tags)
-        (folder / _CARD).write_text(card, encoding="utf-8")
+        (folder / CARD).write_text(card, encoding="utf-8")
         _write_about(folder, run.info.run_id, model.model_id, tags)
         study = protocol.study.name
         signed = sign_model(folder, identity(settings.home), study=study, run=run.info.run_id)
         client.log_model_artifacts(model.model_id, str(folder))
     client.finalize_logged_model(model.model_id, "READY")
-    client.log_batch(run.info.run_id, _curve(source / _CURVE, run.info.run_id, model.model_id))
+    client.log_batch(
+        run.info.run_id, curve_metrics(source / CURVE, run.info.run_id, model.model_id)
+    )
     client.set_terminated(run.info.run_id)
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description="This site's own; it never leaves.")
@@ -244,10 +246,10 @@ def _write_about(folder: Path, run_id: str, model_id: str, tags: Mapping[str, st
     from mlflow.models import Model
 
     about = Model(run_id=run_id, model_id=model_id, model_uuid=model_id, metadata=dict(tags))
-    about.save(str(folder / _ABOUT))
+    about.save(str(folder / ABOUT))
 
 
-def _curve(path: Path, run_id: str, model_id: str) -> list[Metric]:
+def curve_metrics(path: Path, run_id: str, model_id: str) -> list[Metric]:
     """Losses by step, of each configuration that training tried."""
     from mlflow.entities import Metric
 

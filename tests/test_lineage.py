@@ -18,8 +18,12 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.identity import identity
-from flows.lineage import LineageError, lineage_values, opened_lineage
-from flows.lineage_check import FAULTS, Item, check_lineage, check_site
+from flows.lineage import LineageError, find_snapshot, lineage_values, opened_lineage
+from flows.lineage_check import FAULTS, Item, check_lineage, check_site_files
+from flows.lineage_decisions import check_decisions
+from flows.lineage_encoders import check_site_models
+from flows.lineage_inputs import assignment_item, manifest_item
+from flows.lineage_logged import check_shown
 from flows.mlflow_store import client_of
 from flows.model_signing import sign_model
 from flows.protocol import load_protocol
@@ -155,16 +159,20 @@ def test_no_byte_of_a_list_is_changed_unseen(study: Workspace, name: str) -> Non
     spread = Random(0).sample(range(len(whole)), 25)
     header, last = range(0, 40, 4), (len(whole) - 1,)
     settings = study.site("site-01")
-    items = site_part(study, settings)
-    assert [x for x in items if x.state in FAULTS] == []
+    keyed = cohort_of(settings, load_protocol(study.study_file))
+    known = find_snapshot(settings, keyed)
+    assert known is not None
+    folder = settings.path("snapshots", f"{known[0]:04d}")
+
+    def items() -> list[Item]:
+        lists = (assignment_item(settings, known[1]), manifest_item(settings, known[1], folder))
+        return [*check_site_files(settings), *lists]
+
+    assert {x.state for x in items()} == {"whole"}
     for at in {*spread, *header, *last}:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        found = {x.name for x in site_part(study, settings) if x.state in FAULTS}
+        found = {x.name for x in items() if x.state in FAULTS}
         assert any(x.startswith(name.removesuffix(".csv")) for x in found), (at, found)
-
-
-def site_part(study: Workspace, settings: SiteSettings) -> list[Item]:
-    return check_site(settings, load_protocol(study.study_file))
 
 
 def test_a_flipped_split_is_told_of_by_what_it_is(study: Workspace) -> None:
@@ -418,9 +426,53 @@ def test_what_mlflow_shows_is_held_against_what_was_signed(
     with sqlite3.connect(study.root / "mlflow.db") as database:
         assert database.execute(sql).rowcount > 0
     database.close()
-    found = faults(study)
+    with opened_lineage(study) as lineage:
+        items = [*check_shown(lineage, lineage.statement), *check_decisions(lineage)]
+    found = {x.name for x in items if x.state in FAULTS}
     assert found, sql
-    assert all(party == "coordinator" and name.startswith(named) for party, name, _ in found), found
+    assert all(name.startswith(named) for name in found), found
+
+
+def test_the_command_names_what_mlflow_shows_otherwise(study: Workspace) -> None:
+    client = client_of(study.mlflow_uri)
+    client.update_model_version(NAME, "1", "A better model than it is.")
+    code, told = invoke(study, "verify")
+    assert code == 1
+    assert "coordinator: description of the version: changed" in told
+    assert f"{NAME} version 1: 1 not as they were" in told
+
+
+@pytest.mark.parametrize(
+    ("sql", "named"),
+    [
+        ("UPDATE model_version_tags SET value = '0' WHERE key = 'consilium.cohort'",
+         "tag consilium.cohort of lung-os-"),
+        ("UPDATE model_versions SET description = replace(description, 'never', 'always')",
+         "description of lung-os-"),
+        ("UPDATE metrics SET value = value + 1e-9 WHERE step = 0", "training curve of lung-os-"),
+        ("DELETE FROM model_versions WHERE name LIKE '%radiology%'", "lung-os-radiology-encoder"),
+    ],
+)  # fmt: skip
+def test_what_a_site_s_own_mlflow_shows_is_held_against_what_it_signed(
+    study: Workspace, sql: str, named: str
+) -> None:
+    with sqlite3.connect(study.root / "site-01" / "runs" / "mlflow.db") as database:
+        assert database.execute(sql).rowcount > 0
+    database.close()
+    found = {x.name for x in check_site_models(study.site("site-01")) if x.state in FAULTS}
+    assert found, sql
+    assert all(name.startswith(named) for name in found), found
+
+
+@pytest.mark.parametrize("at", range(0, 1000, 125))
+def test_the_list_of_a_site_s_encoders_is_held_against_them(study: Workspace, at: int) -> None:
+    path = study.root / "site-01" / "runs" / "encoders.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    found = {x.name for x in check_site_models(study.site("site-01")) if x.state in FAULTS}
+    if whole[at : at + 1].isspace():
+        return
+    assert any("encoder" in x for x in found), whole[at - 20 : at + 20]
 
 
 def test_notes_that_people_add_in_mlflow_are_no_faults(study: Workspace) -> None:
