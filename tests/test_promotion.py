@@ -34,6 +34,7 @@ from flows.gates import GateInput, all_gates, cohorts_of
 from flows.identity import identity
 from flows.mlflow_store import artifacts_below, client_of, model_id_of
 from flows.monitoring import evaluation_metrics, to_markdown
+from flows.noted_tags import digests_of, of_decision
 from flows.policy import MonitoringPolicy, PromotionPolicy
 from flows.promotable import CHALLENGER, CHAMPION, Case, aliases_of
 from flows.record_values import record_values
@@ -312,6 +313,11 @@ def test_a_rejected_version_keeps_why_and_is_no_challenger(
     assert tags["consilium.rejected_reason"] == "too few women"
     assert aliases_of(client, "lung-fusion") == {}
     assert kinds(tmp_path) == ["gates", "promotion_decision", "promotion_rejected"]
+    noted = read_entries(tmp_path / COORDINATOR / LOG_FILE)[-1].about["tags"]
+    assert noted == digests_of(of_decision(tags))
+    assert {"consilium.rejected", "consilium.rejected_reason", "decision_signature"} <= {
+        x.rpartition(":")[0] for x in noted
+    }
 
 
 def test_a_failed_gate_ends_it_with_its_name_and_asks_nobody(
