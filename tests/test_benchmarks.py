@@ -542,6 +542,32 @@ def test_fewer_sites_than_hide_a_value_are_refused(load: Callable[[str], ModuleT
     assert ending.value.code == 2
 
 
+def test_what_tells_of_bad_sites_is_counted_beside_what_is_held_against_honest_ones(
+    load: Callable[[str], ModuleType], printed: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    benchmark = load("bad_sites")
+    lies = {x: benchmark.LIES[x] for x in ("gradient x-1", "everything x1.2")}
+    for name, kept in (
+        ("LIES", lies), ("ONLY_CHECKED", {}), ("PLANS", {"one strength": {}}),
+        ("WRONG", {"tables x100": benchmark.WRONG["tables x100"]}),
+        ("HONEST", {"ties": benchmark.HONEST["ties"]}),
+    ):  # fmt: skip
+        monkeypatch.setattr(benchmark, name, kept)
+    found = printed("bad_sites", "--consortia", 1, "--honest", 1)
+    flipped, slight = (found["sums"][name] for name in lies)
+    assert {x["by"]["bounds"] for x in flipped.values()} == {1}
+    assert {x["latest_round"] for x in flipped.values()} == {2}
+    assert slight["cox, plain"]["caught"] == 1
+    assert slight["discrete, secure_sum"] == {"caught": 0, "by": {}, "latest_round": None}
+    unit = found["rows"]["tables x100"]
+    assert (unit["self_check"], unit["left"], unit["secure_sum_left"]) == (0, 1, 0)
+    honest = found["honest"]
+    assert (honest["runs"], honest["evaluations"], honest["bounds_broken"]) == (2, 6, 0)
+    assert found["honest_self_checks"] == {"sites": 3, "stopped": 0}
+    assert set(found["time_reversed_seen_by_a_good_encoder"]) == {"280", "700"}
+
+
 def test_the_cost_of_the_engine_is_that_of_a_run_held_against_one_process(
     load: Callable[[str], ModuleType], printed: Callable[..., dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
