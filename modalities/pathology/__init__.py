@@ -1,8 +1,9 @@
 """Whole-slide images to bags of tile embeddings.
 
-The line: ``reader`` opens a slide and knows its scale, ``tissue`` tells tissue from glass,
-``tiles`` lays the grid and reads it, ``encoder`` and ``network`` embed, ``bags`` writes,
-``slides`` runs it all.
+The line: ``reader`` opens a slide, ``scale`` knows its resolution, ``planning`` lays ``tiles`` over
+``tissue``, ``reading`` chooses how they are read (``jpeg_tiff``, ``openslide_reader``), ``quality``
+and ``stain`` look at them, ``encoder`` and ``network`` embed, ``partial`` and ``bags`` write,
+``pipeline`` runs it all, ``slides`` for whole folders.
 """
 
 from typing import TYPE_CHECKING
@@ -14,14 +15,15 @@ from modalities.pathology.encoder import (
     check_encoder_name,
     load_tile_encoder,
 )
-from modalities.pathology.slides import (
+from modalities.pathology.pipeline import (
+    SlideJob,
     SlideOutcome,
-    check_slide,
+    TileCount,
     digest_slide,
-    extract,
-    extract_slide,
-    find_slides,
+    extract_slides,
 )
+from modalities.pathology.planning import check_slide
+from modalities.pathology.slides import extract, extract_slide, find_slides
 from modalities.pathology.spec import EXTRACTOR_VERSION, PathologySpec
 
 if TYPE_CHECKING:
@@ -33,13 +35,16 @@ __all__ = [
     "Bag",
     "MissingWeights",
     "PathologySpec",
+    "SlideJob",
     "SlideOutcome",
+    "TileCount",
     "UnknownEncoder",
     "check_encoder_name",
     "check_slide",
     "digest_slide",
     "extract",
     "extract_slide",
+    "extract_slides",
     "find_slides",
     "is_current",
     "load_tile_encoder",

@@ -1,0 +1,68 @@
+"""The fastest way to read a slide's tiles that shows the same pixels as OpenSlide."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from modalities.pathology.cutting import cut
+from modalities.pathology.jpeg_tiff import JpegTiffReader, StoredReader, proves_itself
+from modalities.pathology.openslide_reader import OpenSlideReader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from concurrent.futures import Executor
+
+    from modalities.pathology.cutting import TileReader
+    from modalities.pathology.reader import Slide
+    from modalities.pathology.tiff_index import StoredTiles
+
+_MOST_THREADS = 8
+
+
+@contextmanager
+def tile_reader(
+    slide: Slide, *, tile_px: int, mpp: float, n_threads: int | None = None
+) -> Iterator[TileReader]:
+    """Open the reader for tiles of ``tile_px`` square pixels of ``mpp`` micrometres.
+
+    A tiled JPEG TIFF is read directly where that has shown OpenSlide's own pixels on samples of
+    this very slide; anything else through OpenSlide. The reader's name says which.
+
+    Parameters
+    ----------
+    n_threads
+        That decode; None takes one per processor, at most eight.
+    """
+    with ThreadPoolExecutor(n_threads or default_threads(), "decode") as pool:
+        reader = _direct_reader(slide, tile_px, mpp, pool) or OpenSlideReader(slide, pool)
+        try:
+            yield reader
+        finally:
+            reader.close()
+
+
+def default_threads() -> int:
+    """Give the number of threads that decode where nobody says."""
+    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+
+
+def _direct_reader(slide: Slide, tile_px: int, mpp: float, pool: Executor) -> JpegTiffReader | None:
+    level = cut(slide.info, tile_px=tile_px, mpp=mpp).level
+    stored = _stored(slide, level)
+    if stored is None:
+        return None
+    reader = StoredReader(slide, level, stored, pool)
+    if proves_itself(slide, level, reader, stored):
+        return JpegTiffReader(slide, reader)
+    reader.close()
+    return None
+
+
+def _stored(slide: Slide, level: int) -> StoredTiles | None:
+    """Tiles of a level, known by its size; None where no tiled JPEG has it, or several have."""
+    levels = () if slide.index is None else slide.index.jpeg_levels
+    found = [x for x in levels if x.size_px == slide.info.levels[level].size_px]
+    return found[0] if len(found) == 1 else None
