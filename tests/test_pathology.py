@@ -9,15 +9,12 @@ import h5py
 import numpy as np
 import openslide
 import pytest
-import timm
 import torch
-from PIL import Image
 from pydantic import ValidationError
-from skimage import data as pictures
 
 from modalities import pathology
 from modalities.cohort import DataError
-from modalities.pathology import PathologySpec, network
+from modalities.pathology import PathologySpec
 from tests.slides_on_disk import (
     SIDE_PX,
     code_of,
@@ -87,98 +84,6 @@ def test_the_fingerprint_follows_every_field() -> None:
 def test_a_spec_refuses_what_makes_no_sense(fields: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         PathologySpec(**fields)
-
-
-def test_the_default_weights_know_a_cat(default: TileEncoder) -> None:
-    """An independent check of the renamed weights: ImageNet's classes 281-285 are cats."""
-    assert (default.dim, default.size_px) == (1280, 224)
-    assert default.mean == default.std == (0.5, 0.5, 0.5)
-    cat = Image.fromarray(pictures.chelsea()).crop((80, 0, 380, 300)).resize((224, 224))
-    embedding = torch.from_numpy(default.embed(np.asarray(cat)[None]))
-    state = torch.load(network._packaged_weights(), map_location="cpu", weights_only=True)
-    scores = embedding @ state["_fc.weight"].T + state["_fc.bias"]
-    assert 281 <= int(scores.argmax()) <= 285
-
-
-def test_embedding_is_timms_own_pooled_feature(default: TileEncoder) -> None:
-    rng = np.random.default_rng(1)
-    pixels = rng.integers(0, 256, (3, 224, 224, 3), dtype=np.uint8)
-    model = network._default_model().eval()
-    transform = timm.data.create_transform(
-        input_size=224, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, is_training=False
-    )
-    images = torch.stack([transform(Image.fromarray(tile)) for tile in pixels])
-    with torch.inference_mode():
-        expected = model.forward_head(model.forward_features(images), pre_logits=True).numpy()
-    np.testing.assert_allclose(default.embed(pixels), expected, atol=1e-4)
-
-
-def test_embeddings_do_not_depend_on_batches(tiny: TileEncoder) -> None:
-    rng = np.random.default_rng(2)
-    pixels = rng.integers(0, 256, (tiny.batch_tiles + 5, 224, 224, 3), dtype=np.uint8)
-    together = tiny.embed(pixels)
-    assert together.shape == (len(pixels), tiny.dim)
-    assert together.dtype == np.float32
-    np.testing.assert_allclose(together[-2:], tiny.embed(pixels[-2:]), atol=1e-4)
-    assert tiny.embed(pixels[:0]).shape == (0, tiny.dim)
-
-
-def test_random_weights_are_the_same_everywhere() -> None:
-    state = torch.random.get_rng_state()
-    one, two = (pathology.load_tile_encoder(TINY) for _ in range(2))
-    assert torch.equal(torch.random.get_rng_state(), state)
-    pixels = np.full((1, 224, 224, 3), 90, dtype=np.uint8)
-    np.testing.assert_array_equal(one.embed(pixels), two.embed(pixels))
-
-
-@pytest.mark.parametrize(("least", "settled"), [(-1.0, "bf16"), (1.1, "fp32")])
-def test_auto_keeps_bf16_only_where_it_agrees(
-    monkeypatch: pytest.MonkeyPatch, least: float, settled: str
-) -> None:
-    monkeypatch.setattr(network, "_has_native_bf16", lambda device: True)
-    monkeypatch.setattr(network, "_LEAST_COSINE", least)
-    encoder = pathology.load_tile_encoder(TINY.model_copy(update={"precision": "auto"}))
-    features = encoder.embed(np.zeros((2, 224, 224, 3), dtype=np.uint8))
-    assert encoder.precision == settled
-    assert features.dtype == np.float32
-
-
-def test_auto_is_fp32_where_bf16_is_not_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "_has_native_bf16", lambda device: False)
-    spec = TINY.model_copy(update={"precision": "auto"})
-    assert pathology.load_tile_encoder(spec).precision == "fp32"
-
-
-@pytest.mark.parametrize(
-    "name", ["tf_efficientnet_lite0", "resnet18", "resnet18.a1_in1k", "hf-hub:owner/name"]
-)
-def test_known_encoder_names_pass(name: str) -> None:
-    pathology.check_encoder_name(name)
-
-
-@pytest.mark.parametrize("name", ["resnet_18", "hf-hub:only-a-name", "local-dir:/tmp/x", "??"])
-def test_an_unknown_encoder_is_named_with_close_ones(name: str) -> None:
-    with pytest.raises(pathology.UnknownEncoder, match="needed a timm model name") as error:
-        pathology.load_tile_encoder(PathologySpec(encoder=name))
-    assert isinstance(error.value, ValueError)
-    if name == "resnet_18":
-        assert "resnet18" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "cause", [OSError("https://host.example/x"), RuntimeError("No pretrained weights exist")]
-)
-def test_weights_that_cannot_be_fetched_are_one_clear_sentence(
-    monkeypatch: pytest.MonkeyPatch, cause: Exception
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise cause
-
-    monkeypatch.setattr(timm, "create_model", fail)
-    with pytest.raises(pathology.MissingWeights, match="'resnet18'") as error:
-        pathology.load_tile_encoder(PathologySpec(encoder="resnet18"))
-    assert "host.example" not in str(error.value)
-    assert error.value.__suppress_context__
 
 
 def test_a_bag_on_disk_has_tridents_names(tmp_path: Path, disc: Path, tiny: TileEncoder) -> None:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from modalities.pathology.bags import Bag, is_current, read_bag, read_marks
 from modalities.pathology.encoder import (
+    MissingCompiler,
     MissingWeights,
     UnknownEncoder,
+    WrongWeights,
     check_encoder_name,
     load_tile_encoder,
 )
@@ -33,12 +35,14 @@ if TYPE_CHECKING:
 __all__ = [
     "EXTRACTOR_VERSION",
     "Bag",
+    "MissingCompiler",
     "MissingWeights",
     "PathologySpec",
     "SlideJob",
     "SlideOutcome",
     "TileCount",
     "UnknownEncoder",
+    "WrongWeights",
     "check_encoder_name",
     "check_slide",
     "digest_slide",
