@@ -322,7 +322,7 @@ class _Reading:
                     return
                 pixels, decoded = reader.read_tiles(rest[at : at + size], tile_px=tile_px, mpp=mpp)
                 self._has_read = True
-                quality = tile_quality(pixels)
+                quality = tile_quality(pixels, decoded)
                 yield _Batch(
                     opened, pixels if normalise is None else normalise(pixels), quality, decoded
                 )

@@ -45,8 +45,8 @@ class Quality(NamedTuple):
     white: Share
 
 
-def tile_quality(tiles: Tiles) -> Quality:
-    """Judge tiles (n, tile_px, tile_px, 3)."""
+def tile_quality(tiles: Tiles, decoded: NDArray[np.bool_]) -> Quality:
+    """Judge tiles (n, tile_px, tile_px, 3), of which only the ``decoded`` show anything."""
     step = max(1, tiles.shape[1] // _SAMPLES)
     sampled = tiles[:, step // 2 :: step, step // 2 :: step].astype(np.int16)
     red, green, blue = (sampled[..., i] for i in range(3))
@@ -54,11 +54,12 @@ def tile_quality(tiles: Tiles) -> Quality:
     darkest = np.minimum(np.minimum(red, green), blue)
     ink = (green - red >= _INK_GREEN_OVER_RED) | (brightest <= _BLACKEST)
     variance = _laplacian_variance(tiles, step)
-    return Quality(
-        blur=(_HALF_BLURRED / (_HALF_BLURRED + variance)).astype(np.float32),
-        pen=ink.mean(axis=(1, 2), dtype=np.float32),
-        white=(darkest >= _WHITE).mean(axis=(1, 2), dtype=np.float32),
+    shares = (
+        _HALF_BLURRED / (_HALF_BLURRED + variance),
+        ink.mean(axis=(1, 2), dtype=np.float32),
+        (darkest >= _WHITE).mean(axis=(1, 2), dtype=np.float32),
     )
+    return Quality(*(np.where(decoded, x, np.nan).astype(np.float32) for x in shares))
 
 
 def is_good(quality: Quality, decoded: NDArray[np.bool_], spec: PathologySpec) -> NDArray[np.bool_]:
