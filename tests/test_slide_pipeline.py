@@ -525,6 +525,6 @@ def test_a_resumed_slide_is_normalised_alike(tmp_path: Path) -> None:
 
 
 def test_a_picture_comes_where_it_is_asked_for(tmp_path: Path, disc: Path) -> None:
-    job = SlideJob(disc, tmp_path / "disc.h5", picture=True)
+    job = SlideJob(disc, tmp_path / "disc.h5", picture=tmp_path / "disc.jpg")
     list(pathology.extract_slides([job], SPEC, Averages))
     assert sorted(x.name for x in tmp_path.iterdir()) == ["disc.geojson", "disc.h5", "disc.jpg"]

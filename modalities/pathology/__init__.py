@@ -17,6 +17,7 @@ from modalities.pathology.encoder import (
     check_encoder_name,
     load_tile_encoder,
 )
+from modalities.pathology.layouts import check_features, import_features, is_features
 from modalities.pathology.pipeline import (
     SlideJob,
     SlideOutcome,
@@ -25,7 +26,7 @@ from modalities.pathology.pipeline import (
     extract_slides,
 )
 from modalities.pathology.planning import check_slide
-from modalities.pathology.slides import extract, extract_slide, find_slides
+from modalities.pathology.slides import Manner, extract, extract_slide, find_slides
 from modalities.pathology.spec import EXTRACTOR_VERSION, PathologySpec
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EXTRACTOR_VERSION",
     "Bag",
+    "Manner",
     "MissingCompiler",
     "MissingWeights",
     "PathologySpec",
@@ -44,13 +46,16 @@ __all__ = [
     "UnknownEncoder",
     "WrongWeights",
     "check_encoder_name",
+    "check_features",
     "check_slide",
     "digest_slide",
     "extract",
     "extract_slide",
     "extract_slides",
     "find_slides",
+    "import_features",
     "is_current",
+    "is_features",
     "load_tile_encoder",
     "read_bag",
     "read_marks",

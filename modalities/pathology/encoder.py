@@ -40,23 +40,18 @@ class MissingCompiler(ImportError):
 
 
 def check_encoder_name(name: str) -> None:
-    """Check that an encoder of that name exists and can run here, without loading it.
+    """Check that an encoder of that name exists, without loading it.
 
-    A timm name is looked up in timm's sources, which takes milliseconds; only a name that is not
-    there costs the import of timm. Of a hub name only the form can be checked.
+    Some known ones cannot run here; features that were made with them elsewhere can be used. A timm
+    name is looked up in timm's sources, which takes milliseconds; only a name that is not there
+    costs the import of timm. Of a hub name only the form can be checked.
 
     Raises
     ------
     UnknownEncoder
-        With the closest names; or with what the encoder needs that is not part of this.
+        With the closest names.
     """
-    row = known_encoder(name)
-    if row is not None:
-        if row.needs:
-            raise UnknownEncoder(
-                f"encoder: {row.name!r} needs {row.needs}, which is not part of this; embed with "
-                "it elsewhere and list the .h5 files of features in the manifest"
-            )
+    if known_encoder(name) is not None:
         return
     bare = name.removeprefix("timm:")
     found = (
@@ -90,13 +85,19 @@ def load_tile_encoder(
     Raises
     ------
     UnknownEncoder
-        If no encoder has that name.
+        If no encoder has that name, or it needs what is not part of this.
     MissingWeights, WrongWeights
         If its weights are not installed and cannot be fetched, or are not those of the spec.
     MissingCompiler
         If the compiler is not installed.
     """
     check_encoder_name(spec.encoder)
+    known = known_encoder(spec.encoder)
+    if known is not None and known.needs:
+        raise UnknownEncoder(
+            f"encoder: {known.name!r} needs {known.needs}, which is not part of this; embed with "
+            "it elsewhere and list the .h5 files of features in a study's manifest"
+        )
     from modalities.pathology.network import build_encoder
 
     return build_encoder(spec, weights=weights, device=device, compiler=compiler)

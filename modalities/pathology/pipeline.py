@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
+from PIL import Image
 
 from modalities.cohort import DataError
 from modalities.files import digest_path, fingerprint, replacing
@@ -122,8 +123,12 @@ class SlideJob:
         Micrometres per pixel, for a slide that does not know.
     reuse
         Leave a bag as it is that was made of the same slide under the same spec.
+    outline
+        Where the outline of the tissue goes; None puts it beside the bag.
     picture
-        Write an overview with the tissue's outline beside the bag, as ``.jpg``.
+        Where an overview with that outline goes, as JPEG; None writes none.
+    thumbnail
+        Where an overview without it goes, as JPEG; None writes none.
     """
 
     path: Path
@@ -132,7 +137,9 @@ class SlideJob:
     marks: Mapping[str, str] = field(default_factory=dict)
     tabled_mpp: float | None = None
     reuse: bool = False
-    picture: bool = False
+    outline: Path | None = None
+    picture: Path | None = None
+    thumbnail: Path | None = None
 
     @property
     def name(self) -> str:
@@ -281,6 +288,7 @@ class _Reading:
             "input_digest": digest,
             "spec_fingerprint": spec.fingerprint(),
             "encoder": encoder.name,
+            "weights_sha256": spec.weights_sha256 or "",
             "slide_mpp": slide.mpp,
             "slide_mpp_source": slide.scale.source,
             "stain": spec.stain,
@@ -386,10 +394,8 @@ def _finish(slide: _Opened, spec: PathologySpec) -> SlideOutcome:
     kept = good if spec.only_good else columns["decoded"]
     _check_tiles(columns["decoded"], good, kept, spec)
     columns = {"coords": plan.coords, **columns, "good": good, "kept": kept}
-    write_outline(job.out_h5.with_suffix(".geojson"), plan.outline)
-    if job.picture:
-        with replacing(job.out_h5.with_suffix(".jpg")) as temporary:
-            outlined(plan.overview, plan.outline).save(temporary, quality=85)
+    write_outline(job.outline or job.out_h5.with_suffix(".geojson"), plan.outline)
+    _write_pictures(job, plan)
     n_damaged = int(np.count_nonzero(~columns["decoded"]))
     file_attrs = {
         **slide.file_attrs, "precision": partial.precision or "", "n_damaged_tiles": n_damaged
@@ -399,6 +405,15 @@ def _finish(slide: _Opened, spec: PathologySpec) -> SlideOutcome:
     )
     partial.remove()
     return _done(job.name, int(np.count_nonzero(kept)), n_damaged)
+
+
+def _write_pictures(job: SlideJob, plan: Plan) -> None:
+    if job.thumbnail is not None:
+        with replacing(job.thumbnail) as temporary:
+            Image.fromarray(plan.overview.rgb).save(temporary, quality=85)
+    if job.picture is not None:
+        with replacing(job.picture) as temporary:
+            outlined(plan.overview, plan.outline).save(temporary, quality=85)
 
 
 def _check_tiles(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import astuple, fields
-from functools import cache
+from dataclasses import astuple, dataclass, fields
 from typing import TYPE_CHECKING
 
 from modalities.cohort import DataError
 from modalities.files import replacing
+from modalities.pathology.devices import extract_over, found_devices
 from modalities.pathology.encoder import check_encoder_name, load_tile_encoder
+from modalities.pathology.layouts import places, write_coords
 from modalities.pathology.pipeline import SlideJob, SlideOutcome, extract_slides
 from modalities.pathology.reader import SUFFIXES
 from modalities.pathology.scale import MppTable, read_mpp_table
@@ -18,9 +19,43 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from modalities.pathology.encoder import Compiler
+    from modalities.pathology.export import Export
+    from modalities.pathology.layouts import Layout, Places
     from modalities.pathology.network import TileEncoder
     from modalities.pathology.pipeline import Encoder, Watch
     from modalities.pathology.spec import PathologySpec
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How slides are extracted and where results go, whatever is extracted.
+
+    Parameters
+    ----------
+    layout
+        ``plain`` puts all of a slide side by side; ``trident`` into the folders of that tool.
+    export
+        Write each bag as AnnData as well.
+    pictures
+        Write the slide in small, with the outline of its tissue.
+    weights
+        File of the encoder's weights; None takes those of its source.
+    compiler
+        As for :func:`load_tile_encoder`.
+    devices
+        To embed on; None takes all GPUs, or else the processor.
+    """
+
+    layout: Layout = "plain"
+    export: Export | None = None
+    pictures: bool = True
+    weights: Path | None = None
+    compiler: Compiler = "none"
+    devices: Sequence[str | None] | None = None
+
+
+USUAL = Manner()
 
 
 def extract_slide(
@@ -60,13 +95,13 @@ def extract(
     spec: PathologySpec,
     *,
     mpp_table: Path | None = None,
-    pictures: bool = True,
+    manner: Manner = USUAL,
     advance: Callable[[int], None] | None = None,
     watch: Watch | None = None,
 ) -> list[SlideOutcome]:
     """Extract every slide of ``source`` into ``out``, skipping what has not changed.
 
-    Writes ``<slide>.h5`` and ``<slide>.geojson`` per slide, and ``outcomes.csv``.
+    Writes ``<slide>.h5``, ``<slide>.geojson`` and ``<slide>.jpg`` per slide, and ``outcomes.csv``.
 
     Parameters
     ----------
@@ -74,8 +109,8 @@ def extract(
         As for ``find_slides``.
     mpp_table
         CSV with the columns ``wsi`` and ``mpp``, for slides that do not know their resolution.
-    pictures
-        Write ``<slide>.jpg`` as well: the slide in small, with the outline of its tissue.
+    manner
+        Where results go, and on what they are computed.
     advance
         Called with 1 after every slide.
     watch
@@ -85,33 +120,57 @@ def extract(
     ------
     DataError
         If ``source`` or ``mpp_table`` itself cannot be used.
-    UnknownEncoder, MissingWeights
+    UnknownEncoder, MissingWeights, WrongWeights, MissingCompiler
         If the encoder cannot be loaded.
     """
     check_encoder_name(spec.encoder)
     slides = find_slides(source)
     tabled = MppTable({}) if mpp_table is None else read_mpp_table(mpp_table)
 
-    @cache
-    def encoder() -> TileEncoder:
-        return load_tile_encoder(spec)
+    def load(device: str | None) -> TileEncoder:
+        return load_tile_encoder(
+            spec, weights=manner.weights, device=device, compiler=manner.compiler
+        )
 
     repeated = _repeated_names(slides)
-    jobs = [
-        SlideJob(
-            path, out / f"{path.stem}.h5", tabled_mpp=tabled.of(path), reuse=True, picture=pictures
-        )
-        for i, path in enumerate(slides)
-        if i not in repeated
-    ]
-    extracted = iter(extract_slides(jobs, spec, encoder, watch=watch))
-    outcomes: list[SlideOutcome] = []
-    for i, path in enumerate(slides):
-        outcomes.append(_duplicate(path) if i in repeated else next(extracted)[1])
+    to_do = [path for i, path in enumerate(slides) if i not in repeated]
+    where = {path: places(out, path.stem, spec, manner.layout) for path in to_do}
+    jobs = [_job(path, where[path], manner, tabled.of(path)) for path in to_do]
+    devices = found_devices() if manner.devices is None else manner.devices
+    found: dict[Path, SlideOutcome] = {}
+    for job, outcome in extract_over(devices, jobs, spec, load, watch=watch):
+        if outcome.outcome != "failed":
+            _write_more(where[job.path], manner)
+        found[job.path] = outcome
         if advance is not None:
             advance(1)
+    if advance is not None:
+        advance(len(repeated))
+    outcomes = [_duplicate(path) if i in repeated else found[path] for i, path in enumerate(slides)]
     _write_outcomes(out / "outcomes.csv", outcomes)
     return outcomes
+
+
+def _job(path: Path, where: Places, manner: Manner, tabled_mpp: float | None) -> SlideJob:
+    return SlideJob(
+        path,
+        where.bag,
+        tabled_mpp=tabled_mpp,
+        reuse=True,
+        outline=where.outline,
+        picture=where.picture if manner.pictures else None,
+        thumbnail=where.thumbnail if manner.pictures else None,
+    )
+
+
+def _write_more(where: Places, manner: Manner) -> None:
+    """Write what other tools read, from a bag that is whole."""
+    if where.coords is not None:
+        write_coords(where.bag, where.coords)
+    if manner.export is not None:
+        from modalities.pathology.export import export_bag  # pandas takes a while to import
+
+        export_bag(where.bag, manner.export)
 
 
 def find_slides(source: Path) -> list[Path]:
