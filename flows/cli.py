@@ -114,12 +114,13 @@ def _sentence(error: Exception) -> str | None:
     from fusion.newton import ConvergenceError
     from infra.provision import ProvisionError
     from modalities.cohort import DataError
-    from modalities.pathology import MissingWeights, UnknownEncoder
+    from modalities.pathology import MissingCompiler, MissingWeights, UnknownEncoder, WrongWeights
 
     if isinstance(error, SiteError):
         return _sentence(error.cause) or f"{error}; see the local log, logs/consilium.log"
     known = (
         ProtocolError, ServiceError, QuorumNotMet, ConvergenceError, DataError, MissingWeights,
+        MissingCompiler, WrongWeights,
         UnknownEncoder, FederationRefused, FederationLost, PartyFailed, ProvisionError, AuditError,
         BoundsBroken, KeyFault, CertificateExpired, DeploymentError, PredictionRefused,
         DecisionRefused, PolicyError, PromotionRefused, LineageError, ModelNotTrusted,
