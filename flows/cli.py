@@ -98,6 +98,7 @@ def _sentence(error: Exception) -> str | None:
     from flows.certificates import CertificateExpired
     from flows.decisions import DecisionRefused, PromotionRefused
     from flows.deployments import DeploymentError
+    from flows.explain import ExplanationRefused
     from flows.federated import FederationRefused
     from flows.mlflow_store import RegistryError
     from flows.model_signing import ModelNotTrusted
@@ -120,7 +121,7 @@ def _sentence(error: Exception) -> str | None:
         return _sentence(error.cause) or f"{error}; see the local log, logs/consilium.log"
     known = (
         ProtocolError, ServiceError, QuorumNotMet, ConvergenceError, DataError, MissingWeights,
-        MissingCompiler, WrongWeights,
+        MissingCompiler, WrongWeights, ExplanationRefused,
         UnknownEncoder, FederationRefused, FederationLost, PartyFailed, ProvisionError, AuditError,
         BoundsBroken, KeyFault, CertificateExpired, DeploymentError, PredictionRefused,
         DecisionRefused, PolicyError, PromotionRefused, LineageError, ModelNotTrusted,
@@ -384,6 +385,7 @@ def _register() -> None:
     from flows.audit_cli import audit_app
     from flows.deploy_cli import register as register_deploy
     from flows.dossier_cli import register as register_dossier
+    from flows.explain_cli import explain_app
     from flows.extract_cli import extract_app
     from flows.federation_cli import federation_app
     from flows.lineage_cli import lineage_app
@@ -391,6 +393,7 @@ def _register() -> None:
     from flows.serve_cli import register as register_serve
 
     app.add_typer(extract_app, name="extract")
+    app.add_typer(explain_app, name="explain")
     app.add_typer(federation_app, name="federation")
     app.add_typer(audit_app, name="audit")
     app.add_typer(lineage_app, name="lineage")

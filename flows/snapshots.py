@@ -411,6 +411,7 @@ def withdraw(settings: SiteSettings, patient_id: str) -> Withdrawal:
             removed += _remove(settings.path("runs", "artifacts"))  # registered encoders
             removed += _remove(settings.path("runs", "encoders.json"))
         removed += _remove_features(settings, patient_id)
+        removed += _remove(settings.path("explained"))  # maps of slides, which are soon made again
         runs = sorted({run for x in holding for run in x.runs})
         tables = {settings.path("runs", run[:12], "patients.csv") for run in runs}
         # A run in one process is not noted in the ledger; its table of risks says who was there.
