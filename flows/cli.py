@@ -98,7 +98,6 @@ def _sentence(error: Exception) -> str | None:
     from flows.certificates import CertificateExpired
     from flows.decisions import DecisionRefused, PromotionRefused
     from flows.deployments import DeploymentError
-    from flows.explain import ExplanationRefused
     from flows.federated import FederationRefused
     from flows.mlflow_store import RegistryError
     from flows.model_signing import ModelNotTrusted
@@ -121,7 +120,7 @@ def _sentence(error: Exception) -> str | None:
         return _sentence(error.cause) or f"{error}; see the local log, logs/consilium.log"
     known = (
         ProtocolError, ServiceError, QuorumNotMet, ConvergenceError, DataError, MissingWeights,
-        MissingCompiler, WrongWeights, ExplanationRefused,
+        MissingCompiler, WrongWeights,
         UnknownEncoder, FederationRefused, FederationLost, PartyFailed, ProvisionError, AuditError,
         BoundsBroken, KeyFault, CertificateExpired, DeploymentError, PredictionRefused,
         DecisionRefused, PolicyError, PromotionRefused, LineageError, ModelNotTrusted,

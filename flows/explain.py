@@ -18,6 +18,7 @@ from flows.extraction import bag_path
 from flows.sealed import note
 from flows.site_registry import WEIGHTS, encoder_folder, registered_encoders
 from flows.snapshots import FEATURES, is_withdrawn, released
+from flows.terminal import UsageError
 from flows.tile_maps import TileMap, geometry_of, overview_of, slide_of
 from modalities.cohort import DataError, read_cohort, read_manifest, rows_of
 from modalities.files import digest_path, replacing
@@ -38,7 +39,7 @@ _WEIGHED: Final = "gated_attention"
 _LOGGED: Final = ("highest", "middle", "lowest")
 
 
-class ExplanationRefused(ValueError):
+class ExplanationRefused(UsageError):
     """A map that cannot be made, or must not be."""
 
 
