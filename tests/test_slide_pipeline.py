@@ -383,7 +383,9 @@ def test_what_becomes_of_each_slide_stands_in_a_table(
     write_slide(source / "c.tif", scene(600), mpp=None)
     write_slide(source / "d.tif", scene(600), mpp=None)
     (tmp_path / "mpp.csv").write_text("wsi,mpp\nd.tif,0.5\na,0.25\n")
-    monkeypatch.setattr("modalities.pathology.slides.load_tile_encoder", lambda spec: Averages())
+    monkeypatch.setattr(
+        "modalities.pathology.slides.load_tile_encoder", lambda *_, **__: Averages()
+    )
     for _ in range(2):
         outcomes = pathology.extract(source, out, SPEC, mpp_table=tmp_path / "mpp.csv")
         assert [(x.slide, x.outcome, x.code) for x in outcomes] == [

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from modalities.pathology.reader import SlideInfo
 
 
+# As many as a processor's cache holds.
+_AT_ONCE = 4
+
+
 class Tiles(NamedTuple):
     """Pixels of tiles.
 
@@ -107,8 +111,11 @@ def resampled(regions: NDArray[np.uint8], tile_px: int) -> NDArray[np.uint8]:
     # torch has the one fast resampler at hand; it takes seconds to import and waits until needed.
     import torch
 
-    planes = torch.from_numpy(regions).permute(0, 3, 1, 2)
-    size = (tile_px, tile_px)
-    tiles = torch.nn.functional.interpolate(planes, size=size, mode="bicubic", antialias=True)
-    pixels: NDArray[np.uint8] = tiles.permute(0, 2, 3, 1).contiguous().numpy()
-    return pixels
+    tiles = np.empty((len(regions), tile_px, tile_px, 3), dtype=np.uint8)
+    for at in range(0, len(regions), _AT_ONCE):
+        planes = torch.from_numpy(regions[at : at + _AT_ONCE]).permute(0, 3, 1, 2)
+        resized = torch.nn.functional.interpolate(
+            planes, size=(tile_px, tile_px), mode="bicubic", antialias=True
+        )
+        tiles[at : at + _AT_ONCE] = resized.permute(0, 2, 3, 1).numpy()
+    return tiles

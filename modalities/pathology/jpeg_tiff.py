@@ -18,19 +18,18 @@ from modalities.pathology.cutting import Tiles, cut, resampled
 from modalities.pathology.reader import Undecodable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from concurrent.futures import Executor
-
     from numpy.typing import NDArray
 
     from modalities.pathology.cutting import Cut
     from modalities.pathology.reader import Slide
     from modalities.pathology.tiff_index import StoredTiles
+    from modalities.pathology.workers import Workers
 
     Pixels = NDArray[np.uint8]
     Box = tuple[int, int, int, int]
 
 _CHUNK_TILES = 32
+_AT_ONCE = 4
 _MOST_BYTES = 1 << 28
 _HEAVIEST = 4
 # OpenSlide blends neighbours where a pixel of a level starts between two of level 0; its weights
@@ -52,11 +51,11 @@ class StoredReader:
         formats differ in what stands there.
     """
 
-    def __init__(self, slide: Slide, level: int, stored: StoredTiles, pool: Executor) -> None:
+    def __init__(self, slide: Slide, level: int, stored: StoredTiles, workers: Workers) -> None:
         self._slide = slide
         self._level = level
         self._stored = stored
-        self._pool = pool
+        self._workers = workers
         self._all_scanned = bool(stored.counts.all())
         self._file = os.open(slide.path, os.O_RDONLY)
         self._kept: dict[int, Pixels | None] = {}
@@ -79,22 +78,42 @@ class StoredReader:
         self._last_use, self._n_read = last_use, 0
         self._kept.clear()
 
-    def fill(self, fields: Pixels, corners: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Fill regions (n, h, w, 3) from their upper left corners (n, 2).
+    def prepare(self, corners: NDArray[np.int64], size_px: tuple[int, int]) -> None:
+        """Decode what the next regions need, from their corners (n, 2) and (width, height)."""
+        wanted = {i for x, y in corners.tolist() for i in self._touched((x, y, *size_px))}
+        missing = sorted(wanted - self._kept.keys())
+        self._kept.update(zip(missing, self._workers.map(self._decoded, missing), strict=True))
 
-        Returns
-        -------
-        decoded
-            (n,) False for a damaged one, which is left as zeros.
-        """
-        size_px = (fields.shape[2], fields.shape[1])
-        boxes = [(x, y, *size_px) for x, y in corners.tolist()]
-        touched = [self._touched(box) for box in boxes]
-        self._decode({i for tiles in touched for i in tiles})
-        decoded = [self._fill(*x) for x in zip(fields, boxes, touched, strict=True)]
-        self._n_read += len(boxes)
-        self._forget()
-        return np.array(decoded, dtype=bool)
+    def fill(self, field: Pixels, xy: tuple[int, int]) -> bool:
+        """Fill a prepared region (h, w, 3) from its corner on; False, and zeros, if damaged."""
+        box = (*xy, field.shape[1], field.shape[0])
+        touched = self._touched(box)
+        if not touched:
+            return self._fill_through_openslide(field, box)
+        across, down = self._stored.tile_px
+        columns, _ = self._stored.grid
+        for i in touched:
+            pixels = self._kept[i]
+            if pixels is None:
+                field[:] = 0
+                return False
+            left, top = i % columns * across - xy[0], i // columns * down - xy[1]
+            into = field[max(top, 0) : top + down, max(left, 0) : left + across]
+            rows, cells = into.shape[:2]
+            into[:] = pixels[max(-top, 0) :, max(-left, 0) :][:rows, :cells]
+        return True
+
+    def forget(self, n_regions: int) -> None:
+        """Take regions as read, and let go of what no further one needs."""
+        self._n_read += n_regions
+        last_use = self._last_use
+        for i in list(self._kept):
+            if last_use is None or last_use[i] < self._n_read:
+                del self._kept[i]
+        width, height = self._stored.tile_px
+        # The oldest go where a row of a very wide slide is too much; they are decoded again.
+        for i in list(self._kept)[: -(_MOST_BYTES // (width * height * 3))]:
+            del self._kept[i]
 
     def close(self) -> None:
         """Close the file."""
@@ -117,10 +136,6 @@ class StoredReader:
         whole = self._all_scanned or all(self._stored.counts[i] > 0 for i in touched)
         return touched if whole else []
 
-    def _decode(self, wanted: Iterable[int]) -> None:
-        missing = sorted(set(wanted) - self._kept.keys())
-        self._kept.update(zip(missing, self._pool.map(self._decoded, missing), strict=True))
-
     def _decoded(self, i: int) -> Pixels | None:
         n_bytes, at = int(self._stored.counts[i]), int(self._stored.offsets[i])
         stream = os.pread(self._file, n_bytes, at)
@@ -133,22 +148,6 @@ class StoredReader:
             return _DAMAGED
         return pixels if pixels.shape == (height, width, 3) else _DAMAGED
 
-    def _fill(self, field: Pixels, box: Box, touched: list[int]) -> bool:
-        if not touched:
-            return self._fill_through_openslide(field, box)
-        across, down = self._stored.tile_px
-        columns, _ = self._stored.grid
-        for i in touched:
-            pixels = self._kept[i]
-            if pixels is None:
-                field[:] = 0
-                return False
-            left, top = i % columns * across - box[0], i // columns * down - box[1]
-            into = field[max(top, 0) : top + down, max(left, 0) : left + across]
-            rows, cells = into.shape[:2]
-            into[:] = pixels[max(-top, 0) :, max(-left, 0) :][:rows, :cells]
-        return True
-
     def _fill_through_openslide(self, field: Pixels, box: Box) -> bool:
         try:
             field[:] = np.asarray(self._slide.region(self._level, box[:2], box[2:]))
@@ -156,16 +155,6 @@ class StoredReader:
             field[:] = 0
             return False
         return True
-
-    def _forget(self) -> None:
-        last_use = self._last_use
-        for i in list(self._kept):
-            if last_use is None or last_use[i] < self._n_read:
-                del self._kept[i]
-        width, height = self._stored.tile_px
-        # The oldest go where a row of a very wide slide is too much; they are decoded again.
-        for i in list(self._kept)[: -(_MOST_BYTES // (width * height * 3))]:
-            del self._kept[i]
 
 
 class JpegTiffReader:
@@ -179,9 +168,10 @@ class JpegTiffReader:
 
     name = "jpeg_tiff"
 
-    def __init__(self, slide: Slide, stored: StoredReader) -> None:
+    def __init__(self, slide: Slide, stored: StoredReader, workers: Workers) -> None:
         self.info = slide.info
         self._stored = stored
+        self._workers = workers
 
     def expect(self, xy: NDArray[np.int64], *, tile_px: int, mpp: float) -> None:
         """Note until when each stored tile is needed; see ``TileReader``."""
@@ -192,29 +182,32 @@ class JpegTiffReader:
         """Read tiles; see ``TileReader``."""
         how = cut(self.info, tile_px=tile_px, mpp=mpp)
         pixels = np.empty((len(xy), tile_px, tile_px, 3), dtype=np.uint8)
-        decoded = np.ones(len(xy), dtype=bool)
+        decoded = np.empty(len(xy), dtype=bool)
         for at in range(0, len(xy), _CHUNK_TILES):
             part = slice(at, at + _CHUNK_TILES)
-            self._read(how.corners(xy[part]), how, pixels[part], decoded[part])
+            self._read(how.corners(xy[part]), how, Tiles(pixels[part], decoded[part]))
         return Tiles(pixels, decoded)
 
     def close(self) -> None:
         """Close the file."""
         self._stored.close()
 
-    def _read(
-        self,
-        corners: NDArray[np.int64],
-        how: Cut,
-        pixels: Pixels,
-        decoded: NDArray[np.bool_],
-    ) -> None:
+    def _read(self, corners: NDArray[np.int64], how: Cut, into: Tiles) -> None:
         side = how.side_px
-        same = side == how.tile_px
-        fields = pixels if same else np.empty((len(corners), side, side, 3), dtype=np.uint8)
-        decoded[:] = self._stored.fill(fields, corners)
-        if not same:
-            pixels[:] = resampled(fields, how.tile_px)
+
+        def some(at: int) -> None:
+            part = slice(at, at + _AT_ONCE)
+            pixels, decoded = into.pixels[part], into.decoded[part]
+            same = side == how.tile_px
+            fields = pixels if same else np.empty((len(pixels), side, side, 3), dtype=np.uint8)
+            for i, (x, y) in enumerate(corners[part].tolist()):
+                decoded[i] = self._stored.fill(fields[i], (x, y))
+            if not same:
+                pixels[:] = resampled(fields, how.tile_px)
+
+        self._stored.prepare(corners, (side, side))
+        self._workers.map(some, range(0, len(corners), _AT_ONCE))
+        self._stored.forget(len(corners))
 
 
 def proves_itself(slide: Slide, level: int, reader: StoredReader, stored: StoredTiles) -> bool:
@@ -226,8 +219,10 @@ def proves_itself(slide: Slide, level: int, reader: StoredReader, stored: Stored
     """
     refused = 0
     for x, y, w, h in _samples(stored):
-        field = np.empty((1, h, w, 3), dtype=np.uint8)
-        decoded = bool(reader.fill(field, np.array([[x, y]]))[0])
+        field = np.empty((h, w, 3), dtype=np.uint8)
+        reader.prepare(np.array([[x, y]]), (w, h))
+        decoded = reader.fill(field, (x, y))
+        reader.forget(1)
         try:
             shown = np.asarray(slide.region(level, (x, y), (w, h)), dtype=np.uint8)
         except Undecodable:
@@ -236,7 +231,7 @@ def proves_itself(slide: Slide, level: int, reader: StoredReader, stored: Stored
             continue
         if not decoded:
             refused += 1
-        elif not _same(field[0], shown, _shift(slide, level, (x, y))):
+        elif not _same(field, shown, _shift(slide, level, (x, y))):
             return False
     return refused < 2
 

@@ -11,12 +11,12 @@ from modalities.pathology.reader import Undecodable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from concurrent.futures import Executor
 
     from numpy.typing import NDArray
 
     from modalities.pathology.cutting import Cut
     from modalities.pathology.reader import Slide
+    from modalities.pathology.workers import Workers
 
 _STRIP_TILES = 8
 
@@ -26,16 +26,16 @@ class OpenSlideReader:
 
     Parameters
     ----------
-    pool
+    workers
         Threads that read.
     """
 
     name = "openslide"
 
-    def __init__(self, slide: Slide, pool: Executor) -> None:
+    def __init__(self, slide: Slide, workers: Workers) -> None:
         self.info = slide.info
         self._slide = slide
-        self._pool = pool
+        self._workers = workers
 
     def expect(self, xy: NDArray[np.int64], *, tile_px: int, mpp: float) -> None:
         """Nothing is kept, so nothing is forgotten."""
@@ -45,7 +45,7 @@ class OpenSlideReader:
         how = cut(self.info, tile_px=tile_px, mpp=mpp)
         corners = how.corners(xy)
         strips = list(_strips(corners, 2 * how.side_px))
-        read = list(self._pool.map(lambda part: self._read(corners[part], how), strips))
+        read = self._workers.map(lambda part: self._read(corners[part], how), strips)
         if not read:
             return Tiles(np.empty((0, tile_px, tile_px, 3), np.uint8), np.empty(0, bool))
         return Tiles(np.concatenate([x.pixels for x in read]), np.concatenate([x[1] for x in read]))

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from modalities.pathology.cutting import cut
 from modalities.pathology.jpeg_tiff import JpegTiffReader, StoredReader, proves_itself
 from modalities.pathology.openslide_reader import OpenSlideReader
+from modalities.pathology.workers import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from concurrent.futures import Executor
 
     from modalities.pathology.cutting import TileReader
     from modalities.pathology.reader import Slide
     from modalities.pathology.tiff_index import StoredTiles
-
-_MOST_THREADS = 8
 
 
 @contextmanager
@@ -36,27 +32,27 @@ def tile_reader(
     n_threads
         That decode; None takes one per processor, at most eight.
     """
-    with ThreadPoolExecutor(n_threads or default_threads(), "decode") as pool:
-        reader = _direct_reader(slide, tile_px, mpp, pool) or OpenSlideReader(slide, pool)
+    workers = Workers(n_threads)
+    try:
+        reader = _direct_reader(slide, tile_px, mpp, workers) or OpenSlideReader(slide, workers)
         try:
             yield reader
         finally:
             reader.close()
+    finally:
+        workers.close()
 
 
-def default_threads() -> int:
-    """Give the number of threads that decode where nobody says."""
-    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-
-
-def _direct_reader(slide: Slide, tile_px: int, mpp: float, pool: Executor) -> JpegTiffReader | None:
+def _direct_reader(
+    slide: Slide, tile_px: int, mpp: float, workers: Workers
+) -> JpegTiffReader | None:
     level = cut(slide.info, tile_px=tile_px, mpp=mpp).level
     stored = _stored(slide, level)
     if stored is None:
         return None
-    reader = StoredReader(slide, level, stored, pool)
+    reader = StoredReader(slide, level, stored, workers)
     if proves_itself(slide, level, reader, stored):
-        return JpegTiffReader(slide, reader)
+        return JpegTiffReader(slide, reader, workers)
     reader.close()
     return None
 
