@@ -138,7 +138,10 @@ class StoredReader:
 
     def _decoded(self, i: int) -> Pixels | None:
         n_bytes, at = int(self._stored.counts[i]), int(self._stored.offsets[i])
-        stream = os.pread(self._file, n_bytes, at)
+        try:
+            stream = os.pread(self._file, n_bytes, at)
+        except OSError:  # a disk that is not there at the moment is no damage
+            raise Undecodable("slide: found bytes that cannot be read") from None
         width, height = self._stored.tile_px
         try:
             # Its own start marker goes; the tables come first. Anything odd in a stream is an

@@ -6,6 +6,7 @@ may be ahead is bounded, so that neither a large slide nor a slow encoder fills 
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -293,7 +294,8 @@ class _Reading:
             "slide_mpp_source": slide.scale.source,
             "stain": spec.stain,
         }
-        key = fingerprint([file_attrs, plan.coords.tolist(), encoder.batch_tiles])
+        where = hashlib.sha256(plan.coords.tobytes()).hexdigest()
+        key = fingerprint([file_attrs, where, encoder.batch_tiles])
         partial = open_partial(
             partial_path(job.out_h5), key=key, n_rows=len(plan.coords), dim=encoder.dim
         )
@@ -378,7 +380,9 @@ def _outcome(ended: _Ended, spec: PathologySpec) -> SlideOutcome:
             return _finish(slide, spec)
         except DataError as error:
             fault = error
-    if slide is not None:
+    if slide is not None and ended.fault is not None:
+        slide.partial.close()  # what could not be read now may be readable later
+    elif slide is not None:
         slide.partial.remove()
     if fault is None:
         raise TypeError("a slide ended without an outcome")
