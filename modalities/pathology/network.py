@@ -86,8 +86,9 @@ class TileEncoder:
         self._exact = eager(model, self.device)
         self._run = runner(model, self.device, compiler, size_px=size_px)
         self._whole_batches = compiler == "inductor"  # it compiles once more for another shape
+        # Of a whole row of pixels: three channels at a time would cost four times as much.
         self._mean, self._std = (
-            torch.tensor(values, device=self.device).view(1, 3, 1, 1) * 255
+            torch.tensor(values, device=self.device).repeat(size_px) * 255
             for values in (preprocessing.mean, preprocessing.std)
         )
         self._pinned = torch.empty(0, dtype=torch.uint8)
@@ -126,17 +127,25 @@ class TileEncoder:
         return self._run(images, self.precision)
 
     def _normalised(self, tiles: NDArray[np.uint8]) -> torch.Tensor:
+        images = self._sized(self._uploaded(tiles))
+        n, side = images.shape[:2]
+        rows = images.reshape(n * side, 3 * side).float()
+        rows.sub_(self._mean).div_(self._std)
         # Permuting the axes of (n, h, w, 3) is channels_last already: no copy.
-        images = self._uploaded(tiles).permute(0, 3, 1, 2).float()
-        side = self.preprocessing.resize_px or self.preprocessing.input_px
-        if images.shape[-1] != side:
-            mode = self.preprocessing.interpolation
+        return rows.view(n, side, side, 3).permute(0, 3, 1, 2)
+
+    def _sized(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Bring (n, h, w, 3) to what the network sees."""
+        wanted = self.preprocessing
+        side = wanted.resize_px or wanted.input_px
+        if tiles.shape[1] != side:
             images = torch.nn.functional.interpolate(
-                images, size=(side, side), mode=mode, antialias=True
-            ).clamp(0, 255)
-        margin = (side - self.preprocessing.input_px) // 2
-        images = images[..., margin : side - margin, margin : side - margin]
-        return (images - self._mean) / self._std
+                tiles.permute(0, 3, 1, 2).float(), size=(side, side), mode=wanted.interpolation,
+                antialias=True,
+            )  # fmt: skip
+            tiles = images.clamp_(0, 255).permute(0, 2, 3, 1)
+        margin = (side - wanted.input_px) // 2
+        return tiles[:, margin : side - margin, margin : side - margin]
 
     def _uploaded(self, tiles: NDArray[np.uint8]) -> torch.Tensor:
         host = torch.from_numpy(np.require(tiles, requirements=["C", "W"]))
