@@ -107,7 +107,8 @@ def test_an_encoder_has_one_spelling(typed: str, name: str) -> None:
     [
         "conch_v1 conch_v15 uni_v1 uni_v2 digepath ctranspath phikon phikon_v2 resnet50 keep "
         "gigapath gigapath-flash virchow virchow2 virchow2-cls hoptimus0 hoptimus1 h0-mini phaet "
-        "mascaret musk openmidnight gpfm hibou_l kaiko-vitb8 kaiko-vitb16 kaiko-vits8 kaiko-vits16 kaiko-vitl14 "
+        "mascaret musk openmidnight gpfm hibou_l kaiko-vitb8 kaiko-vitb16 kaiko-vits8 "
+        "kaiko-vits16 kaiko-vitl14 "
         "lunit-vits8 genbio-pathfm",
         "uni uni2 virchow virchow2 gigapath h-optimus-0 h-optimus-1 h0-mini phikon phikonv2 conch "
         "conch_v1.5 hibou-b hibou-l midnight gpfm musk lunit-bt lunit-mocov2 lunit-swav "
