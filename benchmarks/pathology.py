@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,6 @@ from modalities.pathology.openslide_reader import OpenSlideReader
 from modalities.pathology.planning import Plan, plan_slide
 from modalities.pathology.reader import open_slide
 from modalities.pathology.reading import tile_reader
-from modalities.pathology.tiles import spread
 from modalities.pathology.workers import Workers
 
 if TYPE_CHECKING:
@@ -50,6 +48,7 @@ _DOWNSAMPLES = (1, 4, 16)
 _JPEG_QUALITY = 80
 _GLASS = 243
 _PIECE_PX = (1024, 544)
+_TISSUE = 0.75  # of a made slide, about
 _LARGE_PX, _SMALL_PX = 30_000, 6_000
 _REAL_SLIDE = "slide_cmu1_small/cmu_small_region.svs"
 _TARGETS = {
@@ -62,7 +61,7 @@ _TARGETS = {
 
 
 def make_slide(path: Path, side_px: int) -> Path:
-    """Write a pyramid of JPEG tiles, 4:2:0: one section, of mirrored copies of a piece of tissue."""
+    """Write a pyramid of JPEG tiles, 4:2:0: one section, mirrored copies of a piece of tissue."""
     import tifffile
 
     piece = _piece()
@@ -240,13 +239,13 @@ def tissue_grid(setting: Setting) -> tuple[float, bool]:
     for _ in range(setting.repeats + 2):
         began = time.process_time()
         with open_slide(setting.slide) as slide:
-            plans.append(plan_slide(slide, setting.spec.model_copy(update={"max_tiles": None})))
+            plans.append(plan_slide(slide, setting.spec))
         spent.append(time.process_time() - began)
     return round(statistics.median(spent), 4), len({_bytes_of(x) for x in plans}) == 1
 
 
 def _bytes_of(plan: Plan) -> bytes:
-    return plan.coords.tobytes() + json.dumps(plan.outline).encode()
+    return plan.coords.tobytes() + plan.mask.tobytes()
 
 
 def largest_difference(setting: Setting) -> tuple[int, str]:
@@ -274,19 +273,51 @@ def _shown(path: Path, coords: Coords) -> NDArray[np.int16]:
         return np.stack([_one(slide, xy, _MPP) for xy in coords]).astype(np.int16)
 
 
-def peak_memory(slide: Path) -> float:
-    """Largest resident size, in MiB, of a process that extracts a slide with the null encoder."""
-    command = [sys.executable, __file__, str(slide), "--only-peak-memory"]
+class NowAndThen:
+    """An encoder that embeds one batch of sixteen, so that it needs its memory and little time."""
+
+    def __init__(self, encoder: Any) -> None:
+        self._encoder = encoder
+        self._n_batches = 0
+        self.name, self.dim, self.batch_tiles = encoder.name, encoder.dim, encoder.batch_tiles
+
+    @property
+    def precision(self) -> str:
+        """Of the encoder."""
+        return str(self._encoder.precision)
+
+    def embed(self, tiles: Pixels) -> NDArray[np.float32]:
+        """Embed tiles (n, tile_px, tile_px, 3) as (n, dim), or say nothing of them."""
+        self._n_batches += 1
+        if self._n_batches % 16 == 1:
+            return np.asarray(self._encoder.embed(tiles))
+        return np.zeros((len(tiles), self.dim), dtype=np.float32)
+
+
+def peak_memory(slide: Path, encoder: str) -> float:
+    """Largest resident size, in MiB, of a process that extracts a slide."""
+    command = [sys.executable, __file__, str(slide), "--encoder", encoder, "--only-peak-memory"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
-def own_peak_memory(slide: Path) -> float:
-    """Largest resident size of this process, after extracting a slide."""
+def own_peak_memory(slide: Path, encoder: str) -> float:
+    """Largest resident size of this process, after extracting a slide.
+
+    What the system counts as a process's largest includes its parent's, before it became another.
+    """
+    found: Any = NullEncoder()
+    if encoder != found.name:
+        import torch
+
+        torch.set_num_threads(1)
+        found = NowAndThen(load_tile_encoder(PathologySpec(encoder=encoder, pretrained=False)))
     with TemporaryDirectory(prefix="consilium-") as folder:
-        setting = Setting(slide, PathologySpec(), np.empty((0, 2), np.int64), Path(folder), 1)
-        pipeline(setting, NullEncoder())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        pipeline(
+            Setting(slide, PathologySpec(), np.empty((0, 2), np.int64), Path(folder), 1), found
+        )
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def encoder_figures(
@@ -327,9 +358,9 @@ import lazyslide as zs
 from wsidata import open_wsi
 wsi = open_wsi(slide)
 zs.pp.find_tissues(wsi)
-zs.pp.tile_tissues(wsi, 224, mpp=0.5)
-zs.tl.feature_extraction(wsi, model=encoder, pretrained=False, device="cpu", batch_size=32)
-n_tiles = len(wsi["tiles"])
+zs.pp.tile_tissues(wsi, 224, mpp=0.5, slide_mpp=0.5)
+zs.tl.feature_extraction(wsi, model=model, transform=transform, device="cpu", pbar=False)
+n_tiles = len(wsi.shapes["tiles"])
 """,
     "tiatoolbox": """
 from tiatoolbox.models.engine.semantic_segmentor import DeepFeatureExtractor, IOSegmentorConfig
@@ -364,8 +395,13 @@ with tempfile.TemporaryDirectory() as folder:
 _PEER = """
 import json, resource, sys, time
 slide, encoder, n_threads = sys.argv[1:]
-import torch
+import timm, torch
+from torchvision import transforms
 torch.set_num_threads(int(n_threads))
+model = timm.create_model(encoder, pretrained=False, num_classes=0).eval()
+transform = transforms.Compose(
+    [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+)
 began = time.perf_counter()
 {recipe}
 wall_s = time.perf_counter() - began
@@ -395,38 +431,44 @@ def study(arguments: argparse.Namespace) -> Figures:
     with TemporaryDirectory(prefix="consilium-", dir=arguments.scratch) as scratch:
         folder = Path(scratch)
         slide = arguments.slide or make_slide(folder / "made.tif", arguments.make)
-        spec = PathologySpec(max_tiles=arguments.tiles)
-        with open_slide(slide) as opened:
-            coords = plan_slide(opened, spec.model_copy(update={"max_tiles": None})).coords
-        setting = Setting(slide, spec, coords, folder, arguments.repeats)
-        found = _reading(setting) | _embedding(setting, arguments)
-        found["figures"] |= _memory(folder) if arguments.memory else {}
+        setting = _setting(slide, folder, arguments.repeats)
+        small = setting
+        if arguments.slide is None:
+            side_px = round(_TILE_PX * (arguments.tiles / _TISSUE) ** 0.5)
+            small = _setting(make_slide(folder / "small.tif", side_px), folder, arguments.repeats)
+        found = _reading(setting) | _embedding(small, arguments)
+        found["figures"] |= _memory(folder, arguments.encoder) if arguments.memory else {}
         found["figures"]["peers"] = {
-            name: peer(name, python, slide, arguments.encoder, arguments.threads)
+            name: peer(name, python, small.slide, arguments.encoder, arguments.threads)
             for name, python in arguments.peer_python
         }
         return _arranged(arguments, setting, found)
+
+
+def _setting(slide: Path, folder: Path, repeats: int) -> Setting:
+    spec = PathologySpec()
+    with open_slide(slide) as opened:
+        return Setting(slide, spec, plan_slide(opened, spec).coords, folder, repeats)
 
 
 def _reading(setting: Setting) -> Figures:
     """Raw reads and the pipeline without an encoder, on all tiles of the slide."""
     import torchvision.transforms  # noqa: F401 - what importing costs is nobody's tile
 
-    null, everything = NullEncoder(), setting.spec.model_copy(update={"max_tiles": None})
-    all_tiles = Setting(setting.slide, everything, setting.coords, setting.folder, setting.repeats)
+    null = NullEncoder()
     cpu, wall = measure(
         {
-            "raw_20x_ours": lambda: raw_ours(all_tiles, _MPP),
-            "raw_20x_openslide": lambda: raw_openslide(all_tiles, _MPP),
-            "raw_40x_ours": lambda: raw_ours(all_tiles, 2 * _MPP),
-            "raw_40x_openslide": lambda: raw_openslide(all_tiles, 2 * _MPP),
-            "null_pipeline": lambda: pipeline(all_tiles, null),
-            "null_usual_loop": lambda: usual_loop(all_tiles, lambda images: images[:, 0, 0, :8]),
+            "raw_20x_ours": lambda: raw_ours(setting, _MPP),
+            "raw_20x_openslide": lambda: raw_openslide(setting, _MPP),
+            "raw_40x_ours": lambda: raw_ours(setting, 2 * _MPP),
+            "raw_40x_openslide": lambda: raw_openslide(setting, 2 * _MPP),
+            "null_pipeline": lambda: pipeline(setting, null),
+            "null_usual_loop": lambda: usual_loop(setting, lambda images: images[:, 0, 0, :8]),
         },
         setting.repeats,
     )
-    tissue_s, is_same = tissue_grid(all_tiles)
-    difference, reader = largest_difference(all_tiles)
+    tissue_s, is_same = tissue_grid(setting)
+    difference, reader = largest_difference(setting)
     return {
         "cpu": cpu,
         "wall": wall,
@@ -438,29 +480,29 @@ def _reading(setting: Setting) -> Figures:
 
 
 def _embedding(setting: Setting, arguments: argparse.Namespace) -> Figures:
-    few = spread(setting.coords, arguments.tiles)
-    fewer = Setting(setting.slide, setting.spec, few, setting.folder, setting.repeats)
+    """Time the encoder and the pipeline with it, on all tiles of a slide of few."""
     with (
         open_slide(setting.slide) as slide,
         tile_reader(slide, tile_px=_TILE_PX, mpp=_MPP) as reader,
     ):
-        pixels = reader.read_tiles(few, tile_px=_TILE_PX, mpp=_MPP).pixels
-    cpu, wall, found = encoder_figures(fewer, arguments.encoder, pixels)
-    return {"encoder_cpu": cpu, "encoder_wall": wall, **found}
+        pixels = reader.read_tiles(setting.coords, tile_px=_TILE_PX, mpp=_MPP).pixels
+    cpu, wall, found = encoder_figures(setting, arguments.encoder, pixels)
+    return {"encoder_cpu": cpu, "encoder_wall": wall, "n_embedded": len(pixels), **found}
 
 
-def _memory(folder: Path) -> Figures:
-    peaks = {}
+def _memory(folder: Path, encoder: str) -> Figures:
+    peaks: dict[str, dict[str, float]] = {encoder: {}, NullEncoder.name: {}}
     for side_px in (_LARGE_PX, _SMALL_PX):
         path = make_slide(folder / f"{side_px}.tif", side_px)
-        peaks[f"peak_memory_{side_px}_px_mib"] = round(peak_memory(path), 1)
+        for name, found in peaks.items():
+            found[f"{side_px}_px"] = round(peak_memory(path, name), 1)
         path.unlink()
-    return peaks
+    return {"peak_memory_mib": peaks}
 
 
 def _arranged(arguments: argparse.Namespace, setting: Setting, found: Figures) -> Figures:
     cpu = found["cpu"] | found["encoder_cpu"]
-    peaks = [found["figures"].get(f"peak_memory_{x}_px_mib") for x in (_LARGE_PX, _SMALL_PX)]
+    peaks = found["figures"].get("peak_memory_mib", {}).get(arguments.encoder)
     pairs = {
         "raw_read_20x": ("raw_20x_ours", "raw_20x_openslide"),
         "raw_read_40x": ("raw_40x_ours", "raw_40x_openslide"),
@@ -473,8 +515,8 @@ def _arranged(arguments: argparse.Namespace, setting: Setting, found: Figures) -
         "benchmark": "pathology",
         "encoder": arguments.encoder,
         "n_tiles": len(setting.coords),
-        "n_embedded": min(arguments.tiles, len(setting.coords)),
-        "ratios": {name: round(cpu[one] / cpu[two], 4) for name, (one, two) in pairs.items()},
+        "n_embedded": found["n_embedded"],
+        "ratios": {name: _ratio(cpu[one], cpu[two]) for name, (one, two) in pairs.items()},
         **{
             name: found[name]
             for name in (
@@ -484,7 +526,7 @@ def _arranged(arguments: argparse.Namespace, setting: Setting, found: Figures) -
                 "min_cosine",
             )
         },
-        "rss_ratio_30k_over_6k": round(peaks[0] / peaks[1], 4) if all(peaks) else None,
+        "rss_ratio_30k_over_6k": None if peaks is None else _ratio(*peaks.values()),
         "targets": _TARGETS,
         "figures": {
             "precision": found["precision"],
@@ -493,6 +535,10 @@ def _arranged(arguments: argparse.Namespace, setting: Setting, found: Figures) -
             **found["figures"],
         },
     }
+
+
+def _ratio(one: float, other: float) -> float:
+    return round(one / other, 4)
 
 
 def _named_python(text: str) -> tuple[str, str]:
@@ -510,7 +556,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("slide", type=Path, nargs="?", help="at 0.5 micrometres per pixel")
     parser.add_argument("--make", type=whole(1000), default=12_000, help="side of a slide to make")
     parser.add_argument("--encoder", default="resnet18", help="a timm name, with random weights")
-    parser.add_argument("--tiles", type=whole(1), default=400, help="to embed, per run")
+    parser.add_argument("--tiles", type=whole(1), default=400, help="to embed, of a made slide")
     parser.add_argument("--threads", type=whole(1), default=1, help="of torch")
     parser.add_argument("--repeats", type=whole(1), default=3, help="of timings; medians are shown")
     parser.add_argument(
@@ -525,7 +571,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="the only form there is")
     parsed = parser.parse_args(arguments)
     if parsed.only_peak_memory:
-        print(own_peak_memory(parsed.slide))
+        print(own_peak_memory(parsed.slide, parsed.encoder))
         return 0
     return run(parser, study, arguments)
 

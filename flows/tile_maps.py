@@ -11,7 +11,8 @@ import numpy as np
 
 from modalities.cohort import DataError, read_manifest
 from modalities.pathology import PathologySpec, read_bag
-from modalities.pathology.reader import open_slide, thumbnail
+from modalities.pathology.overview import thumbnail
+from modalities.pathology.reader import open_slide
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,7 +10,7 @@ from tifffile import TiffFile, TiffWriter
 
 from modalities import pathology
 from modalities.cohort import DataError
-from modalities.pathology import PathologySpec, cutting, planning, reader, reading
+from modalities.pathology import PathologySpec, cutting, overview, planning, reader, reading
 from tests.slides_on_disk import (
     code_of,
     overwrite,
@@ -337,7 +337,7 @@ def test_a_damaged_overview_is_read_from_a_finer_level(tmp_path: Path) -> None:
     broken.write_bytes(whole.read_bytes())
     with_hole(broken, 0, page=4)
     with reader.open_slide(whole) as one, reader.open_slide(broken) as two:
-        expected, found = (reader.thumbnail(x, 16.0) for x in (one, two))
+        expected, found = (overview.thumbnail(x, 16.0) for x in (one, two))
     assert not found.unread.any()
     assert np.abs(found.rgb.astype(int) - expected.rgb).mean() < 4
 
@@ -345,9 +345,64 @@ def test_a_damaged_overview_is_read_from_a_finer_level(tmp_path: Path) -> None:
 def test_what_is_damaged_at_every_level_is_left_unread(tmp_path: Path) -> None:
     path = with_hole(write_slide(tmp_path / "s.tif", scene(1000)), 5)
     with reader.open_slide(path) as slide:
-        found = reader.thumbnail(slide, 4.0)
-        again = reader.thumbnail(slide, 4.0)
+        found = overview.thumbnail(slide, 4.0)
+        again = overview.thumbnail(slide, 4.0)
     expected = np.zeros((250, 250), dtype=bool)
     expected[64:128, 64:128] = True
     np.testing.assert_array_equal(found.unread, expected)
     np.testing.assert_array_equal(found.rgb, again.rgb)
+
+
+@pytest.mark.parametrize("options", [{}, YCBCR])
+@pytest.mark.parametrize("downsample", [4.0, 8.0, 16.0, 24.0])
+def test_an_overview_of_a_flat_slide_is_what_openslide_shows_in_small(
+    tmp_path: Path, options: dict[str, object], downsample: float
+) -> None:
+    picture = scene(2500)
+    path = write_slide(tmp_path / "s.tif", picture, **options)
+    with reader.open_slide(path) as slide:
+        direct = overview.scaled_overview(slide, 0, int(downsample))
+        found = overview.thumbnail(slide, downsample)
+        slide.__dict__["index"] = None
+        expected = overview.thumbnail(slide, downsample)
+    assert direct is not None
+    np.testing.assert_array_equal(found.rgb, direct.rgb)
+    assert found.rgb.shape == expected.rgb.shape
+    assert found.downsample == expected.downsample == downsample
+    assert not found.unread.any()
+    assert np.abs(found.rgb.astype(int) - expected.rgb).mean() < 1
+
+
+def test_damage_of_a_flat_slide_is_seen_in_small(tmp_path: Path) -> None:
+    path = with_hole(write_slide(tmp_path / "s.tif", scene(2500)), 25)
+    with reader.open_slide(path) as slide:
+        assert overview.scaled_overview(slide, 0, 16) is not None
+        found = overview.thumbnail(slide, 16.0)
+        slide.__dict__["index"] = None
+        expected = overview.thumbnail(slide, 16.0)
+    assert found.unread.sum() == 16 * 16
+    np.testing.assert_array_equal(found.unread, expected.unread)
+
+
+def test_an_overview_in_small_that_shows_something_else_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_slide(tmp_path / "s.tif", scene(2500))
+    plain = overview._SmallTiles._tile
+
+    def redder(self: object, i: int) -> np.ndarray | None:
+        pixels = plain(self, i)
+        return None if pixels is None else np.roll(pixels, 1, axis=2)
+
+    monkeypatch.setattr(overview._SmallTiles, "_tile", redder)
+    with reader.open_slide(path) as slide:
+        assert overview.scaled_overview(slide, 0, 16) is None
+
+
+def test_a_slide_of_which_no_sample_is_whole_is_read_through_openslide(tmp_path: Path) -> None:
+    path = write_slide(tmp_path / "s.tif", scene(1000))
+    for number in range(16):
+        with_hole(path, number)
+    _, found, name = read(path)
+    assert name == "openslide"
+    assert not found.decoded.any()

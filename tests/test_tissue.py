@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -11,8 +12,9 @@ from matplotlib.path import Path
 from PIL import Image, ImageFilter
 from pydantic import ValidationError
 from scipy import ndimage
+from skimage.filters import threshold_otsu
 
-from modalities.pathology import PathologySpec, reader, tiles, tissue
+from modalities.pathology import PathologySpec, overview, tiles, tissue
 from tests.slides_on_disk import scene
 
 
@@ -44,7 +46,7 @@ def test_the_outline_keeps_area_and_holes() -> None:
     mask = np.zeros((60, 80), dtype=bool)
     mask[10:50, 20:70] = True
     mask[20:30, 30:40] = False
-    (feature,) = tissue.tissue_outline(mask, 16.0)["features"]
+    (feature,) = json.loads(tissue.outline_text(mask, 16.0))["features"]
     outer, hole = (np.array(ring) for ring in feature["geometry"]["coordinates"])
     assert (outer[0] == outer[-1]).all()
     np.testing.assert_allclose(outer.min(axis=0), (20 * 16, 10 * 16), atol=8)
@@ -111,7 +113,7 @@ def test_pieces_that_touch_at_a_corner_are_one() -> None:
     mask = np.zeros((40, 40), dtype=bool)
     mask[10:20, 10:20] = mask[20:30, 20:30] = True
     mask[35:38, 2:9] = True
-    features = tissue.tissue_outline(mask, 4.0)["features"]
+    features = json.loads(tissue.outline_text(mask, 4.0))["features"]
     assert [len(f["geometry"]["coordinates"]) for f in features] == [1, 1]
 
 
@@ -121,7 +123,7 @@ def test_an_outline_drawn_again_is_the_mask(mask: np.ndarray) -> None:
     """The centre of every pixel lies inside the polygons exactly where the mask is true."""
     rings = [
         Path(ring)
-        for feature in tissue.tissue_outline(mask, 10.0)["features"]
+        for feature in json.loads(tissue.outline_text(mask, 10.0))["features"]
         for ring in feature["geometry"]["coordinates"]
     ]
     y, x = np.mgrid[: mask.shape[0], : mask.shape[1]]
@@ -149,9 +151,9 @@ def test_what_cannot_be_read_counts_as_tissue() -> None:
     glass = np.full((100, 100, 3), 240, np.uint8)
     unread = np.zeros((100, 100), dtype=bool)
     unread[40:60, 40:60] = True
-    overview = reader.Overview(glass, 16.0, unread)
-    np.testing.assert_array_equal(tissue.find_tissue(overview, 0.5, method="otsu"), unread)
-    assert tissue.find_tissue(overview, 0.5, method="none").all()
+    seen = overview.Overview(glass, 16.0, unread)
+    np.testing.assert_array_equal(tissue.find_tissue(seen, 0.5, method="otsu"), unread)
+    assert tissue.find_tissue(seen, 0.5, method="none").all()
 
 
 def test_further_methods_go_by_their_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,17 +166,43 @@ def test_further_methods_go_by_their_name(monkeypatch: pytest.MonkeyPatch) -> No
         return mask
 
     monkeypatch.setitem(tissue.METHODS, "left_half", left_half)
-    overview = reader.Overview(scene(100), 16.0, np.zeros((100, 100), dtype=bool))
-    found = tissue.find_tissue(overview, 0.5, method=PathologySpec(tissue="left_half").tissue)
+    seen = overview.Overview(scene(100), 16.0, np.zeros((100, 100), dtype=bool))
+    found = tissue.find_tissue(seen, 0.5, method=PathologySpec(tissue="left_half").tissue)
     assert found[:, :50].all()
     assert not found[:, 50:].any()
 
 
 def test_the_picture_shows_the_outline_where_tissue_ends() -> None:
-    overview = reader.Overview(scene(250), 4.0, np.zeros((250, 250), dtype=bool))
-    mask = tissue.find_tissue(overview, 2.0, method="otsu")
-    picture = np.asarray(tissue.outlined(overview, tissue.tissue_outline(mask, 4.0)))
-    drawn = (picture != overview.rgb).any(axis=2)
+    seen = overview.Overview(scene(250), 4.0, np.zeros((250, 250), dtype=bool))
+    mask = tissue.find_tissue(seen, 2.0, method="otsu")
+    picture = np.asarray(tissue.outlined(seen, mask))
+    drawn = (picture != seen.rgb).any(axis=2)
     rim = ndimage.binary_dilation(mask, iterations=2) & ~ndimage.binary_erosion(mask, iterations=2)
     assert drawn.sum() > 2 * math.pi * 0.4 * 250
     assert not (drawn & ~rim).any()
+
+
+def test_a_tall_overview_is_treated_like_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bands leave no trace, and the threshold is Otsu's own."""
+    picture = scene(600)
+    whole = tissue._median(tissue._saturation(picture))
+    np.testing.assert_array_equal(tissue._smoothed_saturation(picture), whole)
+    high = tissue._SATURATION_BOUNDS[1]
+    monkeypatch.setattr(tissue, "_SATURATION_BOUNDS", (0.0, 1.0))
+    expected = whole > threshold_otsu(whole)
+    assert threshold_otsu(whole) / 255 > high
+    np.testing.assert_array_equal(tissue.otsu_mask(picture, 50.0), expected)
+
+
+def test_the_outline_of_a_huge_mask_covers_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = np.zeros((301, 203), dtype=bool)
+    mask[31:90, 41:150] = mask[200:301, 150:203] = True
+    monkeypatch.setattr(tissue, "_OUTLINE_PX", 20_000)
+    features = json.loads(tissue.outline_text(mask, 8.0))["features"]
+    rings = [np.array(feature["geometry"]["coordinates"][0]) for feature in features]
+    boxes = [(ring.min(axis=0), ring.max(axis=0)) for ring in rings]
+    for (low, high), (left, top, right, bottom) in zip(
+        boxes, [(41, 31, 150, 90), (150, 200, 203, 301)], strict=True
+    ):
+        np.testing.assert_allclose(low, (8 * left, 8 * top), atol=16)
+        np.testing.assert_allclose(high, (8 * right, 8 * bottom), atol=16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -98,12 +97,6 @@ def _column(file: h5py.File, name: str, values: NDArray[Any]) -> None:
     chunks = (min(_CHUNK_TILES, len(values)), *values.shape[1:])
     # The checksum turns silent damage on disk into an error on reading.
     file.create_dataset(name, data=values, chunks=chunks, fletcher32=True)
-
-
-def write_outline(out_geojson: Path, outline: Mapping[str, Any]) -> None:
-    """Write a GeoJSON outline atomically."""
-    with replacing(out_geojson) as temporary:
-        temporary.write_text(json.dumps(outline, separators=(",", ":")), encoding="utf-8")
 
 
 def read_bag(path: Path) -> Bag:

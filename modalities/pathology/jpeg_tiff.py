@@ -59,6 +59,9 @@ class StoredReader:
         self._all_scanned = bool(stored.counts.all())
         self._file = os.open(slide.path, os.O_RDONLY)
         self._kept: dict[int, Pixels | None] = {}
+        # Buffers that are done with are decoded into again: new ones from many threads would leave
+        # the memory in pieces.
+        self._spare: list[Pixels] = []
         self._last_use: NDArray[np.int64] | None = None
         self._n_read = 0
 
@@ -76,7 +79,6 @@ class StoredReader:
                 inside = (column < columns) & (row < rows)
                 np.maximum.at(last_use, (row * columns + column)[inside], order[inside])
         self._last_use, self._n_read = last_use, 0
-        self._kept.clear()
 
     def prepare(self, corners: NDArray[np.int64], size_px: tuple[int, int]) -> None:
         """Decode what the next regions need, from their corners (n, 2) and (width, height)."""
@@ -107,13 +109,14 @@ class StoredReader:
         """Take regions as read, and let go of what no further one needs."""
         self._n_read += n_regions
         last_use = self._last_use
-        for i in list(self._kept):
-            if last_use is None or last_use[i] < self._n_read:
-                del self._kept[i]
+        past = [i for i in self._kept if last_use is None or last_use[i] < self._n_read]
         width, height = self._stored.tile_px
         # The oldest go where a row of a very wide slide is too much; they are decoded again.
-        for i in list(self._kept)[: -(_MOST_BYTES // (width * height * 3))]:
-            del self._kept[i]
+        past += list(self._kept)[: -(_MOST_BYTES // (width * height * 3))]
+        for i in past:
+            pixels = self._kept.pop(i, None)
+            if pixels is not None:
+                self._spare.append(pixels)
 
     def close(self) -> None:
         """Close the file."""
@@ -144,12 +147,18 @@ class StoredReader:
             raise Undecodable("slide: found bytes that cannot be read") from None
         width, height = self._stored.tile_px
         try:
+            buffer = self._spare.pop()
+        except IndexError:
+            buffer = np.empty((height, width, 3), dtype=np.uint8)
+        try:
             # Its own start marker goes; the tables come first. Anything odd in a stream is an
             # error: OpenSlide overlooks a flipped byte.
-            pixels: Pixels = simplejpeg.decode_jpeg(self._stored.header + stream[2:], strict=True)
-        except ValueError:
+            pixels = simplejpeg.decode_jpeg(
+                self._stored.header + stream[2:], buffer=buffer, strict=True
+            )
+        except ValueError:  # a larger picture than the buffer, as well
             return _DAMAGED
-        return pixels if pixels.shape == (height, width, 3) else _DAMAGED
+        return buffer if pixels.shape == buffer.shape else _DAMAGED
 
     def _fill_through_openslide(self, field: Pixels, box: Box) -> bool:
         try:
@@ -220,8 +229,8 @@ def proves_itself(slide: Slide, level: int, reader: StoredReader, stored: Stored
     tiles, and the tiles with most bytes, which hold tissue. One that only this decoder refuses may
     be damage that OpenSlide overlooks; two are a peculiarity of the slide.
     """
-    refused = 0
-    for x, y, w, h in _samples(stored):
+    same = refused = 0
+    for x, y, w, h in sample_boxes(stored):
         field = np.empty((h, w, 3), dtype=np.uint8)
         reader.prepare(np.array([[x, y]]), (w, h))
         decoded = reader.fill(field, (x, y))
@@ -234,12 +243,22 @@ def proves_itself(slide: Slide, level: int, reader: StoredReader, stored: Stored
             continue
         if not decoded:
             refused += 1
-        elif not _same(field, shown, _shift(slide, level, (x, y))):
+        elif _same(field, shown, _shift(slide, level, (x, y))):
+            same += 1
+        else:
             return False
-    return refused < 2
+    return same > 0 and refused < 2
 
 
-def _samples(stored: StoredTiles) -> list[Box]:
+def stored_tiles(slide: Slide, level: int) -> StoredTiles | None:
+    """Tiles of a level, known by its size; None where no tiled JPEG has it, or several have."""
+    levels = () if slide.index is None else slide.index.jpeg_levels
+    found = [x for x in levels if x.size_px == slide.info.levels[level].size_px]
+    return found[0] if len(found) == 1 else None
+
+
+def sample_boxes(stored: StoredTiles) -> list[Box]:
+    """Boxes (x, y, width, height) that tell whether tiles are decoded as they should be."""
     columns, rows = stored.grid
     middle = (columns // 2, rows // 2)
     heaviest = np.argsort(stored.counts, kind="stable")[-_HEAVIEST:].tolist()

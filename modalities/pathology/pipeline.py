@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -22,7 +23,6 @@ from modalities.pathology.bags import (
     is_current,
     read_marks,
     write_finished,
-    write_outline,
 )
 from modalities.pathology.partial import PartialBag, open_partial
 from modalities.pathology.planning import Plan, plan_slide
@@ -31,7 +31,7 @@ from modalities.pathology.reader import open_slide, unreadable
 from modalities.pathology.reading import tile_reader
 from modalities.pathology.stain import normaliser
 from modalities.pathology.tiles import spread
-from modalities.pathology.tissue import outlined
+from modalities.pathology.tissue import outline_text, outlined
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -150,11 +150,18 @@ class SlideJob:
 
 @dataclass
 class _Opened:
-    """A slide whose tiles are being read, and the rows that are being written."""
+    """A slide whose tiles are being read, and the rows that are being written.
+
+    Parameters
+    ----------
+    beside
+        Contents of the files beside the bag, which wait for it.
+    """
 
     job: SlideJob
     encoder: Encoder
-    plan: Plan
+    coords: NDArray[np.int64]
+    beside: dict[Path, bytes]
     partial: PartialBag
     file_attrs: dict[str, Any]
     coords_attrs: dict[str, Any]
@@ -273,8 +280,7 @@ class _Reading:
             yield _Ended(job, earlier=earlier)
             return
         with open_slide(job.path, tabled_mpp=job.tabled_mpp) as slide:
-            plan = plan_slide(slide, self._spec)
-            opened = self._open(job, slide, plan, digest)
+            opened = self._open(job, slide, digest)
             fault = None
             try:
                 yield from self._batches(opened, slide)
@@ -282,7 +288,8 @@ class _Reading:
                 fault = error
             yield _Ended(job, slide=opened, fault=fault)
 
-    def _open(self, job: SlideJob, slide: Slide, plan: Plan, digest: str) -> _Opened:
+    def _open(self, job: SlideJob, slide: Slide, digest: str) -> _Opened:
+        plan = plan_slide(slide, self._spec)
         encoder, spec = self._encoder(), self._spec
         file_attrs = {
             **job.marks,
@@ -301,7 +308,9 @@ class _Reading:
         )
         self._agree_on_precision(partial, encoder)
         coords_attrs = _trident_attrs(slide, plan, spec)
-        return _Opened(job, encoder, plan, partial, file_attrs, coords_attrs)
+        return _Opened(
+            job, encoder, plan.coords, _beside(job, plan), partial, file_attrs, coords_attrs
+        )
 
     def _agree_on_precision(self, partial: PartialBag, encoder: Encoder) -> None:
         """Go on in the precision of the rows that stand, or else begin again."""
@@ -316,7 +325,7 @@ class _Reading:
 
     def _batches(self, opened: _Opened, slide: Slide) -> Generator[_Batch, None, None]:
         spec, size = self._spec, opened.encoder.batch_tiles
-        coords, tile_px, mpp = opened.plan.coords, spec.tile_px, spec.tile_mpp
+        coords, tile_px, mpp = opened.coords, spec.tile_px, spec.tile_mpp
         if opened.partial.n_done < len(coords):
             # The same batches, since an embedding may depend on its batch in the last digit.
             opened.partial.restart(opened.partial.n_done // size * size)
@@ -367,7 +376,7 @@ def _embed(batch: _Batch) -> None:
 
 def _tell(watch: Watch | None, slide: _Opened) -> None:
     if watch is not None:
-        watch(TileCount(slide.job.name, slide.partial.n_done, len(slide.plan.coords)))
+        watch(TileCount(slide.job.name, slide.partial.n_done, len(slide.coords)))
 
 
 def _outcome(ended: _Ended, spec: PathologySpec) -> SlideOutcome:
@@ -391,15 +400,16 @@ def _outcome(ended: _Ended, spec: PathologySpec) -> SlideOutcome:
 
 def _finish(slide: _Opened, spec: PathologySpec) -> SlideOutcome:
     """Write what a slide gave, the bag last, so that a current bag has all that belongs to it."""
-    job, plan, partial = slide.job, slide.plan, slide.partial
+    job, partial = slide.job, slide.partial
     columns = partial.columns("blur", "pen", "white", "decoded")
     quality = Quality(columns["blur"], columns["pen"], columns["white"])
     good = is_good(quality, columns["decoded"], spec)
     kept = good if spec.only_good else columns["decoded"]
     _check_tiles(columns["decoded"], good, kept, spec)
-    columns = {"coords": plan.coords, **columns, "good": good, "kept": kept}
-    write_outline(job.outline or job.out_h5.with_suffix(".geojson"), plan.outline)
-    _write_pictures(job, plan)
+    columns = {"coords": slide.coords, **columns, "good": good, "kept": kept}
+    for path, content in slide.beside.items():
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
     n_damaged = int(np.count_nonzero(~columns["decoded"]))
     file_attrs = {
         **slide.file_attrs, "precision": partial.precision or "", "n_damaged_tiles": n_damaged
@@ -411,13 +421,20 @@ def _finish(slide: _Opened, spec: PathologySpec) -> SlideOutcome:
     return _done(job.name, int(np.count_nonzero(kept)), n_damaged)
 
 
-def _write_pictures(job: SlideJob, plan: Plan) -> None:
+def _beside(job: SlideJob, plan: Plan) -> dict[Path, bytes]:
+    outline = outline_text(plan.mask, plan.overview.downsample).encode()
+    found = {job.outline or job.out_h5.with_suffix(".geojson"): outline}
     if job.thumbnail is not None:
-        with replacing(job.thumbnail) as temporary:
-            Image.fromarray(plan.overview.rgb).save(temporary, quality=85)
+        found[job.thumbnail] = _jpeg(Image.fromarray(plan.overview.rgb))
     if job.picture is not None:
-        with replacing(job.picture) as temporary:
-            outlined(plan.overview, plan.outline).save(temporary, quality=85)
+        found[job.picture] = _jpeg(outlined(plan.overview, plan.mask))
+    return found
+
+
+def _jpeg(picture: Image.Image) -> bytes:
+    stream = BytesIO()
+    picture.save(stream, "JPEG", quality=85)
+    return stream.getvalue()
 
 
 def _check_tiles(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from modalities.cohort import DataError
-from modalities.pathology.reader import check_whole, open_slide, thumbnail
+from modalities.pathology.overview import thumbnail
+from modalities.pathology.reader import check_whole, open_slide
 from modalities.pathology.tiles import Geometry, spread, tile_coords, tile_geometry
-from modalities.pathology.tissue import find_tissue, overview_downsample, tissue_outline
+from modalities.pathology.tissue import find_tissue, overview_downsample
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from modalities.pathology.reader import Overview, Slide
+    from modalities.pathology.overview import Overview
+    from modalities.pathology.reader import Slide
     from modalities.pathology.spec import PathologySpec
 
 
@@ -28,13 +30,13 @@ class Plan:
     ----------
     coords
         (n, 2) upper left corners at level 0.
-    outline
-        Tissue as GeoJSON.
+    mask
+        (h, w) tissue, in pixels of ``overview``.
     """
 
     coords: NDArray[np.int64]
     geometry: Geometry
-    outline: dict[str, Any]
+    mask: NDArray[np.bool_]
     overview: Overview
 
 
@@ -76,5 +78,4 @@ def plan_slide(slide: Slide, spec: PathologySpec) -> Plan:
             f"slide: found tissue on {mask.mean():.1%} of it and no tile with enough, needed one "
             f"tile with {spec.min_tissue_fraction:.0%}; check the scan or lower the fraction",
         )
-    outline = tissue_outline(mask, overview.downsample)
-    return Plan(spread(coords, spec.max_tiles), geometry, outline, overview)
+    return Plan(spread(coords, spec.max_tiles), geometry, mask, overview)

@@ -1,16 +1,13 @@
-"""Slides as OpenSlide reads them: opening, physical scale, regions, overviews."""
+"""Slides as OpenSlide reads them: opening, levels, regions."""
 
 from __future__ import annotations
 
-import math
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
 import openslide
 from PIL import Image
 
@@ -22,13 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from numpy.typing import NDArray
 
 SUFFIXES = frozenset(
     {".bif", ".czi", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".tif", ".tiff", ".vms", ".vmu"}
 )
 
-_BAND_PX = 1 << 22
 _LEVEL_TOLERANCE = 1.01
 _CACHE_BYTES = 1 << 25
 _USUAL_STORED_PX = 256
@@ -82,24 +77,6 @@ class SlideInfo:
         fine = [x.downsample <= downsample * _LEVEL_TOLERANCE for x in self.levels]
         level = fine.index(False) - 1 if False in fine else len(fine) - 1
         return max(level, 0), self.levels[max(level, 0)].downsample
-
-
-class Overview(NamedTuple):
-    """A slide in coarse.
-
-    Parameters
-    ----------
-    rgb
-        (h, w, 3) pixels.
-    downsample
-        Level-0 pixels per pixel.
-    unread
-        (h, w) where the slide is damaged and ``rgb`` says nothing.
-    """
-
-    rgb: NDArray[np.uint8]
-    downsample: float
-    unread: NDArray[np.bool_]
 
 
 class Slide:
@@ -266,25 +243,6 @@ def check_whole(slide: Slide) -> None:
         raise unreadable() from None
 
 
-def thumbnail(slide: Slide, downsample: float) -> Overview:
-    """Overview at about ``downsample``.
-
-    Read in bands, so that a slide without a pyramid never stands in memory as a whole. A damaged
-    piece is read from the next finer level; what is damaged there too stays unread.
-    """
-    number, level_downsample = slide.info.level_for(downsample)
-    factor = max(1, round(downsample / level_downsample))
-    width, height = slide.info.levels[number].size_px
-    rows = factor * max(1, _BAND_PX // (width * factor))
-    pixels, unread = [], []
-    for top in range(0, height, rows):
-        band, missing = _band(slide, number, (0, top), (width, min(rows, height - top)))
-        reduced = np.asarray(band.reduce(factor), dtype=np.uint8)
-        pixels.append(reduced)
-        unread.append(_any_in_cells(missing, factor, reduced.shape[:2]))
-    return Overview(np.concatenate(pixels), level_downsample * factor, np.concatenate(unread))
-
-
 def unreadable() -> DataError:
     """Error of a slide whose pixels cannot be read."""
     return DataError(
@@ -297,67 +255,6 @@ def unreadable() -> DataError:
 def _levels(handle: openslide.OpenSlide) -> tuple[Level, ...]:
     sizes = zip(handle.level_dimensions, handle.level_downsamples, strict=True)
     return tuple(Level((size[0], size[1]), float(down)) for size, down in sizes)
-
-
-def _band(
-    slide: Slide, level: int, xy: tuple[int, int], size_px: tuple[int, int]
-) -> tuple[Image.Image, NDArray[np.bool_] | None]:
-    """Band of a level, and which of its pixels (h, w) could not be read; None for none."""
-    try:
-        return slide.region(level, xy, size_px), None
-    except Undecodable:
-        pass
-    band = Image.new("RGB", size_px)
-    missing = np.zeros(size_px[::-1], dtype=bool)
-    for left, top, right, bottom in _pieces(slide.stored_px(level), xy, size_px):
-        piece = _piece(slide, level, (left, top), (right - left, bottom - top))
-        at = (left - xy[0], top - xy[1])
-        if piece is None:
-            missing[at[1] : bottom - xy[1], at[0] : right - xy[0]] = True
-        else:
-            band.paste(piece, at)
-    return band, missing
-
-
-def _pieces(
-    stored_px: tuple[int, int], xy: tuple[int, int], size_px: tuple[int, int]
-) -> Iterator[tuple[int, int, int, int]]:
-    """Yield the parts of a region that lie in one stored piece each."""
-    across, down = (
-        sorted({first, first + n, *range(first - first % step + step, first + n, step)})
-        for first, n, step in zip(xy, size_px, stored_px, strict=True)
-    )
-    for top, bottom in pairwise(down):
-        for left, right in pairwise(across):
-            yield left, top, right, bottom
-
-
-def _piece(
-    slide: Slide, level: int, xy: tuple[int, int], size_px: tuple[int, int]
-) -> Image.Image | None:
-    try:
-        return slide.region(level, xy, size_px)
-    except Undecodable:
-        if level == 0:
-            return None
-    levels = slide.info.levels
-    ratio = levels[level].downsample / levels[level - 1].downsample
-    corner = (math.floor(xy[0] * ratio), math.floor(xy[1] * ratio))
-    finer = (max(1, round(size_px[0] * ratio)), max(1, round(size_px[1] * ratio)))
-    piece = _piece(slide, level - 1, corner, finer)
-    return None if piece is None else piece.resize(size_px, Image.Resampling.BOX)
-
-
-def _any_in_cells(
-    missing: NDArray[np.bool_] | None, factor: int, shape: tuple[int, ...]
-) -> NDArray[np.bool_]:
-    """Whether any pixel is missing in each cell of ``factor`` pixels square."""
-    if missing is None:
-        return np.zeros(shape, dtype=bool)
-    padded = np.zeros((shape[0] * factor, shape[1] * factor), dtype=bool)
-    padded[: missing.shape[0], : missing.shape[1]] = missing
-    cells = padded.reshape(shape[0], factor, shape[1], factor)
-    return np.asarray(cells.any(axis=(1, 3)))
 
 
 def _unsupported(path: Path) -> DataError:

@@ -6,7 +6,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from modalities.pathology.cutting import cut
-from modalities.pathology.jpeg_tiff import JpegTiffReader, StoredReader, proves_itself
+from modalities.pathology.jpeg_tiff import (
+    JpegTiffReader,
+    StoredReader,
+    proves_itself,
+    stored_tiles,
+)
 from modalities.pathology.openslide_reader import OpenSlideReader
 from modalities.pathology.workers import Workers
 
@@ -15,7 +20,6 @@ if TYPE_CHECKING:
 
     from modalities.pathology.cutting import TileReader
     from modalities.pathology.reader import Slide
-    from modalities.pathology.tiff_index import StoredTiles
 
 
 @contextmanager
@@ -47,7 +51,7 @@ def _direct_reader(
     slide: Slide, tile_px: int, mpp: float, workers: Workers
 ) -> JpegTiffReader | None:
     level = cut(slide.info, tile_px=tile_px, mpp=mpp).level
-    stored = _stored(slide, level)
+    stored = stored_tiles(slide, level)
     if stored is None:
         return None
     reader = StoredReader(slide, level, stored, workers)
@@ -55,10 +59,3 @@ def _direct_reader(
         return JpegTiffReader(slide, reader, workers)
     reader.close()
     return None
-
-
-def _stored(slide: Slide, level: int) -> StoredTiles | None:
-    """Tiles of a level, known by its size; None where no tiled JPEG has it, or several have."""
-    levels = () if slide.index is None else slide.index.jpeg_levels
-    found = [x for x in levels if x.size_px == slide.info.levels[level].size_px]
-    return found[0] if len(found) == 1 else None

@@ -82,13 +82,11 @@ def tile_coords(
     xs, ys = (_starts(length, geometry) for length in size_px)
     left, right = _mask_span(xs, geometry.field_px, downsample, mask.shape[1])
     top, bottom = _mask_span(ys, geometry.field_px, downsample, mask.shape[0])
-    table = np.pad(mask.cumsum(0, dtype=np.int64).cumsum(1), ((1, 0), (1, 0)))
-    tissue = (
-        table[np.ix_(bottom, right)]
-        - table[np.ix_(top, right)]
-        - table[np.ix_(bottom, left)]
-        + table[np.ix_(top, left)]
-    )
+    tissue = np.empty((len(ys), len(xs)), dtype=np.int64)
+    for row, (first, last) in enumerate(zip(top, bottom, strict=True)):
+        # Tissue to the left of every column: two of these give what a tile holds.
+        table = np.pad(mask[first:last].sum(axis=0, dtype=np.int64).cumsum(), (1, 0))
+        tissue[row] = table[right] - table[left]
     fraction = tissue / np.outer(bottom - top, right - left)
     rows, columns = np.nonzero((fraction >= min_tissue_fraction) & (tissue > 0))
     return np.stack([xs[columns], ys[rows]], axis=1)

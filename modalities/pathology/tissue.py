@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import contourpy
 import numpy as np
@@ -12,11 +13,11 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
-    from modalities.pathology.reader import Overview
+    from modalities.pathology.overview import Overview
 
     Mask = NDArray[np.bool_]
     Method = Callable[[NDArray[np.uint8], float], Mask]
@@ -31,11 +32,17 @@ _SATURATION_BOUNDS = (0.06, 0.15)
 # Saturation of nearly black pixels (pen, edges of the scan) is noise.
 _DARKEST = 30
 _SMALLEST_SIDE_UM = 50.0
+_BAND_ROWS = 256
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
+_OUTLINE_PX = 1 << 20
 # Halfway between the pixels of tissue and glass, a hair towards glass: pieces that touch at a
 # corner are one.
 _OUTLINE_AT = 0.49
 _OUTLINE_COLOUR = (20, 160, 60)
+_FEATURE = (
+    '{"type":"Feature","geometry":{"type":"Polygon","coordinates":[RINGS]},'
+    '"properties":{"objectType":"annotation","classification":{"name":"Tissue"}}}'
+)
 
 # Compared and exchanged in turn, these of nine values leave their median in the middle (Paeth,
 # Graphics Gems, 1990).
@@ -88,9 +95,11 @@ def otsu_mask(rgb: NDArray[np.uint8], mpp: float) -> Mask:
     mask
         (h, w), all False on bare glass.
     """
-    saturation = _median(_saturation(rgb))
+    saturation = _smoothed_saturation(rgb)
+    counts = _counts(saturation, 256)
     low, high = _SATURATION_BOUNDS
-    threshold = low if np.ptp(saturation) == 0 else threshold_otsu(saturation) / 255
+    is_flat = np.count_nonzero(counts) < 2
+    threshold = low if is_flat else threshold_otsu(hist=(counts, np.arange(256))) / 255
     mask = saturation > np.clip(threshold, low, high) * 255
     return _without_specks(mask, (_SMALLEST_SIDE_UM / mpp) ** 2)
 
@@ -104,39 +113,24 @@ METHODS: Final[dict[str, Method]] = {"otsu": otsu_mask, "none": whole_mask}
 """Ways to find tissue, by the name that a spec gives: (overview, its mpp) to a mask."""
 
 
-def tissue_outline(mask: Mask, downsample: float) -> dict[str, Any]:
+def outline_text(mask: Mask, downsample: float) -> str:
     """GeoJSON feature collection of tissue polygons, holes included, in level-0 pixels.
 
-    QuPath opens it as annotations.
+    QuPath opens it as annotations. The outline of a very large mask is drawn on a coarser one, each
+    of whose pixels is tissue where any of four is.
     """
-    return {
-        "type": "FeatureCollection",
-        "features": [
-            {
-                "type": "Feature",
-                "geometry": {
-                    "type": "Polygon",
-                    "coordinates": [(ring * downsample).round(1).tolist() for ring in rings],
-                },
-                "properties": {
-                    "objectType": "annotation",
-                    "classification": {"name": "Tissue"},
-                },
-            }
-            for rings in _polygons(mask)
-        ],
-    }
+    rings = ([json.dumps(r.round(1).tolist()) for r in x] for x in _polygons(mask, downsample))
+    features = (_FEATURE.replace("RINGS", ",".join(x)) for x in rings)
+    return f'{{"type":"FeatureCollection","features":[{",".join(features)}]}}'
 
 
-def outlined(overview: Overview, outline: Mapping[str, Any]) -> Image.Image:
-    """Overview with a tissue outline drawn over it."""
+def outlined(overview: Overview, mask: Mask) -> Image.Image:
+    """Overview with the outline of tissue drawn over it."""
     picture = Image.fromarray(overview.rgb)
     draw = ImageDraw.Draw(picture)
     width = max(1, max(picture.size) // 500)
-    for feature in outline["features"]:
-        for ring in feature["geometry"]["coordinates"]:
-            points = np.array(ring).ravel() / overview.downsample
-            draw.line(points.tolist(), fill=_OUTLINE_COLOUR, width=width)
+    for ring in (ring for rings in _polygons(mask, 1.0) for ring in rings):
+        draw.line(ring.ravel().tolist(), fill=_OUTLINE_COLOUR, width=width)
     return picture
 
 
@@ -148,6 +142,24 @@ def _saturation_table() -> NDArray[np.uint8]:
 
 
 _SATURATION = _saturation_table()
+
+
+def _smoothed_saturation(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Saturation, its median over 3 by 3 pixels; in bands, for their intermediates are many."""
+    smoothed = np.empty(rgb.shape[:2], dtype=np.uint8)
+    for top in range(0, len(rgb), _BAND_ROWS):
+        first, last = max(top - 1, 0), min(top + _BAND_ROWS + 1, len(rgb))
+        band = _median(_saturation(rgb[first:last]))
+        smoothed[top : top + _BAND_ROWS] = band[top - first : top - first + _BAND_ROWS]
+    return smoothed
+
+
+def _counts(values: NDArray[np.integer], n_kinds: int) -> NDArray[np.int64]:
+    """(n_kinds,) how often each small number occurs; in bands, since they are widened to count."""
+    counts = np.zeros(n_kinds, dtype=np.int64)
+    for top in range(0, len(values), _BAND_ROWS):
+        counts += np.bincount(values[top : top + _BAND_ROWS].ravel(), minlength=n_kinds)
+    return counts
 
 
 def _saturation(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -169,15 +181,20 @@ def _median(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _without_specks(mask: Mask, smallest_px: float) -> Mask:
-    pieces, _ = ndimage.label(mask, _EIGHT_NEIGHBOURS)
-    large = np.bincount(pieces.ravel()) >= smallest_px
+    try:
+        pieces, n_pieces = ndimage.label(mask, _EIGHT_NEIGHBOURS, output=np.uint16)
+    except RuntimeError:  # more pieces than that can count
+        pieces, n_pieces = ndimage.label(mask, _EIGHT_NEIGHBOURS)
+    large = _counts(pieces, n_pieces + 1) >= smallest_px
     large[0] = False
     kept: Mask = large[pieces]
     return kept
 
 
-def _polygons(mask: Mask) -> Iterator[list[NDArray[np.float64]]]:
-    """Yield the rings (n, 2) of each piece, x then y, in pixels of the mask: outer, then holes."""
+def _polygons(mask: Mask, downsample: float) -> Iterator[list[NDArray[np.float64]]]:
+    """Yield the rings (n, 2) of each piece, x then y, at level 0: outer, then holes."""
+    while mask.size > _OUTLINE_PX:
+        mask, downsample = _coarser(mask), 2 * downsample
     # A ring of background closes every outline.
     generator = contourpy.contour_generator(
         z=np.pad(mask, 1).astype(np.float64), fill_type=contourpy.FillType.OuterOffset
@@ -185,5 +202,14 @@ def _polygons(mask: Mask) -> Iterator[list[NDArray[np.float64]]]:
     points, offsets = generator.filled(_OUTLINE_AT, np.inf)[:2]
     for piece, ends in zip(points, offsets, strict=True):
         # Pixel (0, 0) of the padded mask has its centre half a pixel before the mask's corner.
-        rings = piece - 0.5
+        rings = (piece - 0.5) * downsample
         yield [rings[a:b] for a, b in pairwise(ends)]
+
+
+def _coarser(mask: Mask) -> Mask:
+    """Mask of half the size, true where any of four pixels is."""
+    rows, columns = (side + side % 2 for side in mask.shape)
+    even = np.zeros((rows, columns), dtype=bool)
+    even[: mask.shape[0], : mask.shape[1]] = mask
+    halved = even[::2] | even[1::2]
+    return np.asarray(halved[:, ::2] | halved[:, 1::2])
