@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from flows.extraction import one_input_each, read_file
 from modalities.clinical import ClinicalSpec, read_registry
 from modalities.cohort import DataError, Exclusion, ManifestRow, read_manifest
-from modalities.pathology import PathologySpec, check_slide
+from modalities.pathology import PathologySpec, check_features, check_slide, is_features
 from modalities.radiology import RadiologySpec, check_scan
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def _check_modality(
 
 def _check_row(row: ManifestRow, spec: PathologySpec | RadiologySpec) -> None:
     if isinstance(spec, PathologySpec):
-        check_slide(row.path, spec)
+        check = check_features if is_features(row.path) else check_slide
+        check(row.path, spec)
     elif row.mask_path is None:
         raise DataError("missing_mask", "mask_path is empty, needed the scan's mask")
     else:

@@ -115,12 +115,13 @@ def _sentence(error: Exception) -> str | None:
     from fusion.newton import ConvergenceError
     from infra.provision import ProvisionError
     from modalities.cohort import DataError
-    from modalities.pathology import MissingWeights, UnknownEncoder
+    from modalities.pathology import MissingCompiler, MissingWeights, UnknownEncoder, WrongWeights
 
     if isinstance(error, SiteError):
         return _sentence(error.cause) or f"{error}; see the local log, logs/consilium.log"
     known = (
         ProtocolError, ServiceError, QuorumNotMet, ConvergenceError, DataError, MissingWeights,
+        MissingCompiler, WrongWeights,
         UnknownEncoder, FederationRefused, FederationLost, PartyFailed, ProvisionError, AuditError,
         BoundsBroken, KeyFault, CertificateExpired, DeploymentError, PredictionRefused,
         DecisionRefused, PolicyError, PromotionRefused, LineageError, ModelNotTrusted,
@@ -391,6 +392,7 @@ def _register() -> None:
     from flows.audit_cli import audit_app
     from flows.deploy_cli import register as register_deploy
     from flows.dossier_cli import register as register_dossier
+    from flows.explain_cli import explain_app
     from flows.extract_cli import extract_app
     from flows.federation_cli import federation_app
     from flows.lineage_cli import lineage_app
@@ -399,6 +401,7 @@ def _register() -> None:
     from flows.serve_cli import register as register_serve
 
     app.add_typer(extract_app, name="extract")
+    app.add_typer(explain_app, name="explain")
     app.add_typer(federation_app, name="federation")
     app.add_typer(audit_app, name="audit")
     app.add_typer(lineage_app, name="lineage")

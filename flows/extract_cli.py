@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from modalities.cohort import Exclusion
+    from modalities.pathology import PathologySpec
 
 extract_app = typer.Typer(help="Raw data to features, one modality alone.", no_args_is_help=True)
 _OUT = Console()
@@ -54,29 +56,162 @@ def _report(exclusions: Sequence[Exclusion], n_done: int, out: Path) -> None:
         raise typer.Exit(2)
 
 
+class Layouts(StrEnum):
+    """Where features of slides go."""
+
+    plain = "plain"
+    trident = "trident"
+
+
+class Exports(StrEnum):
+    """What bags are written as besides."""
+
+    anndata = "anndata"
+    zarr = "zarr"
+
+
+class Stains(StrEnum):
+    """How stain is normalised."""
+
+    none = "none"
+    macenko = "macenko"
+    reinhard = "reinhard"
+
+
+class Precisions(StrEnum):
+    """What encoders compute in."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Compilers(StrEnum):
+    """What compiles an encoder for the processor."""
+
+    none = "none"
+    inductor = "inductor"
+    openvino = "openvino"
+
+
+def _list_encoders(wanted: bool) -> None:
+    if wanted:
+        from flows.encoder_table import encoder_table
+
+        table = encoder_table()
+        wide = Console(width=None if _OUT.is_terminal else 200)
+        wide.print(table, highlight=False)
+        _say("besides: any name that timm knows, and hf-hub:owner/name")
+        raise typer.Exit
+
+
 @extract_app.command()
 def pathology(
     source: Annotated[Path, typer.Argument(help="A slide, a folder of slides, or a manifest CSV.")],
     out: Out,
-    encoder: Annotated[str, typer.Option(help="A timm or hf-hub: name.")] = "tf_efficientnet_lite0",
-    tile_px: Annotated[int, typer.Option(help="Side of a tile in pixels.")] = 224,
-    tile_mpp: Annotated[float, typer.Option(help="Micrometres per pixel of a tile.")] = 0.5,
+    encoder: Annotated[
+        str, typer.Option(help="A name that --list-encoders shows, a timm or hf-hub: name.")
+    ] = "tf_efficientnet_lite0",
+    weights: Annotated[
+        Path | None, typer.Option(help="File of its weights: safetensors or PyTorch's own.")
+    ] = None,
+    tile_px: Annotated[
+        int | None, typer.Option(help="Side of a tile in pixels; by default the encoder's own.")
+    ] = None,
+    tile_mpp: Annotated[
+        float | None,
+        typer.Option(help="Micrometres per pixel of a tile; by default the encoder's own."),
+    ] = None,
+    stride_px: Annotated[
+        int | None, typer.Option("--stride", help="Step of the grid in tile pixels.")
+    ] = None,
+    min_tissue: Annotated[
+        float, typer.Option("--min-tissue", help="Least share of a tile that is tissue.")
+    ] = 0.5,
+    max_tiles: Annotated[int | None, typer.Option(help="At most so many, spread evenly.")] = None,
+    tissue: Annotated[str, typer.Option(help="How tissue is found: otsu, or none.")] = "otsu",
+    only_good: Annotated[
+        bool, typer.Option("--only-good", help="Leave out blurred, inked and empty tiles.")
+    ] = False,
+    stain: Annotated[Stains, typer.Option(help="Normalisation of the stain.")] = Stains.none,
+    precision: Annotated[
+        Precisions, typer.Option(help="auto: the fastest that agrees with fp32.")
+    ] = Precisions.auto,
+    compiler: Annotated[
+        Compilers, typer.Option("--compile", help="Compile for the processor; pays for many tiles.")
+    ] = Compilers.none,
+    mpp_csv: Annotated[
+        Path | None, typer.Option(help="CSV with the columns wsi,mpp for slides without a scale.")
+    ] = None,
+    layout: Annotated[
+        Layouts, typer.Option(help="plain: side by side; trident: in the folders of that tool.")
+    ] = Layouts.plain,
+    to: Annotated[
+        Exports | None, typer.Option(help="Write each slide's features as AnnData besides.")
+    ] = None,
+    thumbnails: Annotated[
+        bool, typer.Option(help="Write each slide in small, with the outline of its tissue.")
+    ] = True,
     study: Study = None,
+    list_encoders: Annotated[
+        bool,
+        typer.Option(
+            "--list-encoders",
+            is_eager=True,
+            callback=_list_encoders,
+            help="Show the encoders that are known by name.",
+        ),
+    ] = False,
 ) -> None:
     """Turn slides into bags of tile embeddings (HDF5) and tissue outlines (GeoJSON)."""
-    from modalities.pathology import PathologySpec, check_encoder_name, extract, find_slides
+    from flows.slide_progress import SlideProgress
+    from modalities.pathology import Manner, PathologySpec, check_encoder_name, extract, find_slides
 
     if study is not None:
         spec = _from_study(study, PathologySpec)
     else:
         check_encoder_name(encoder)
-        spec = _spec(PathologySpec, encoder=encoder, tile_px=tile_px, tile_mpp=tile_mpp)
-    with Progress("extract pathology", total=len(find_slides(source))) as progress:
-        outcomes = extract(source, out, spec, advance=progress.advance)
+        spec = _slide_spec(
+            encoder, weights, tile_px=tile_px, tile_mpp=tile_mpp, stride_px=stride_px,
+            min_tissue_fraction=min_tissue, max_tiles=max_tiles, tissue=tissue,
+            only_good=only_good, stain=stain.value, precision=precision.value,
+        )  # fmt: skip
+    manner = Manner(
+        layout=layout.value,
+        export=None if to is None else to.value,
+        pictures=thumbnails,
+        weights=weights,
+        compiler=compiler.value,
+    )
+    with SlideProgress(len(find_slides(source))) as progress:
+        outcomes = extract(
+            source, out, spec, mpp_table=mpp_csv, manner=manner,
+            advance=progress.advance, watch=progress.watch,
+        )  # fmt: skip
     for outcome in outcomes:
-        what = f"{outcome.code}: {outcome.reason}" if outcome.code else f"{outcome.n_tiles} tiles"
-        _say(f"{outcome.slide}: {outcome.outcome}, {what}")
+        tiles = f"{outcome.n_tiles} tiles" if outcome.outcome != "failed" else ""
+        what = f"{outcome.code}: {outcome.reason}" if outcome.code else outcome.reason
+        _say(f"{outcome.slide}: {', '.join(x for x in (outcome.outcome, tiles, what) if x)}")
     _say(f"features, outlines and outcomes.csv in {out}")
+
+
+def _slide_spec(encoder: str, weights: Path | None, **fields: Any) -> PathologySpec:
+    """Make the spec of the options, with the encoder's own tiles where none are asked for."""
+    from flows.terminal import UsageError
+    from modalities.files import digest_path
+    from modalities.pathology import PathologySpec
+    from modalities.pathology.encoder_names import known_encoder
+
+    if weights is not None and not weights.is_file():
+        raise UsageError(f"--weights: found no file {weights.name}, needed one; check the path")
+    known = known_encoder(encoder)
+    if known is not None:
+        own = {"tile_px": known.tile_px, "tile_mpp": known.mpp}
+        fields = own | {k: v for k, v in fields.items() if v is not None}
+    given = {k: v for k, v in fields.items() if v is not None}
+    digest = None if weights is None else digest_path(weights)
+    return _spec(PathologySpec, encoder=encoder, weights_sha256=digest, **given)
 
 
 @extract_app.command()

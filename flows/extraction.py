@@ -6,25 +6,18 @@ import json
 import os
 import threading
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import anndata as ad
 import numpy as np
 
+from flows.embedding import ONE_SLIDE, Means, SlideInput, embed_slides
 from flows.extraction_keys import CODE, KEY, SOURCE, MadeFrom, Recipe, recipe
 from flows.protocol import kind_of
 from modalities.cohort import DataError, Exclusion, ManifestRow, feature_table
 from modalities.files import digest_path, fingerprint, replacing
 from modalities.omics import OmicsSpec, extract_counts
-from modalities.pathology import (
-    PathologySpec,
-    digest_slide,
-    extract_slide,
-    load_tile_encoder,
-    read_bag,
-    read_marks,
-)
+from modalities.pathology import PathologySpec, digest_slide, read_bag, read_marks
 from modalities.radiology import RadiologySpec, ScanRow, extract_scans, scan_digest
 from modalities.tabular import TabularSpec, read_table
 
@@ -36,7 +29,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from flows.protocol import ModalitySpec
-    from modalities.pathology import TileEncoder
 
     Advance = Callable[[int], None]
 
@@ -290,10 +282,19 @@ def bag_path(row: ManifestRow, bags: Path) -> Path:
     return bags / f"{row.path.stem}-{fingerprint(os.path.relpath(row.path, bags))[:8]}.h5"
 
 
-def extract_batch(batch: Batch, spec: ModalitySpec, features: Path) -> list[Exclusion]:
-    """Extract one batch and keep its features; what cannot be used is returned, not raised."""
+def extract_batch(
+    batch: Batch, spec: ModalitySpec, features: Path, *, means: Means = ONE_SLIDE
+) -> list[Exclusion]:
+    """Extract one batch and keep its features; what cannot be used is returned, not raised.
+
+    Parameters
+    ----------
+    means
+        What slides are embedded with.
+    """
     if isinstance(spec, PathologySpec):
-        return _embed_slides(batch, spec, features / batch.modality)
+        slides = _slide_inputs(batch, features / batch.modality)
+        return embed_slides(slides, spec, batch.modality, means)
     if isinstance(spec, RadiologySpec):
         table, exclusions = _measure_scans(batch, spec)
     else:
@@ -306,27 +307,17 @@ def extract_batch(batch: Batch, spec: ModalitySpec, features: Path) -> list[Excl
     return exclusions
 
 
-@lru_cache(maxsize=2)
-def _loaded(spec: PathologySpec) -> TileEncoder:
-    return load_tile_encoder(spec)
-
-
-def _tile_encoder(spec: PathologySpec) -> TileEncoder:
-    with _TABLE:  # two batches at once would both load it
-        return _loaded(spec)
-
-
-def _embed_slides(batch: Batch, spec: PathologySpec, bags: Path) -> list[Exclusion]:
-    encoder = _tile_encoder(spec)
-    exclusions = []
-    for row, digest in zip(batch.rows, batch.digests, strict=True):
-        marks = {CODE: batch.recipe.code, KEY: batch.recipe.key(digest)}
-        out = bag_path(row, bags)
-        try:
-            extract_slide(row.path, out, spec, encoder, input_digest=digest, marks=marks)
-        except DataError as fault:
-            exclusions.append(Exclusion(row.patient_id, batch.modality, fault.code, str(fault)))
-    return exclusions
+def _slide_inputs(batch: Batch, bags: Path) -> list[SlideInput]:
+    return [
+        SlideInput(
+            row.patient_id,
+            row.path,
+            digest,
+            bag_path(row, bags),
+            {CODE: batch.recipe.code, KEY: batch.recipe.key(digest)},
+        )
+        for row, digest in zip(batch.rows, batch.digests, strict=True)
+    ]
 
 
 def _measure_scans(batch: Batch, spec: RadiologySpec) -> tuple[ad.AnnData, list[Exclusion]]:

@@ -20,6 +20,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.check import without_registry
 from flows.described import Slug, described
+from flows.embedding import ONE_SLIDE, Means, means_of
 from flows.extraction import Ledger, ModalityWork, collect, extract_batch, plan_modality
 from flows.inputs import keyed_digest, train_local
 from flows.loading import about_encoder, encoder_key, encoder_parts, load_inputs
@@ -145,10 +146,12 @@ def list_inputs(
     retry_condition_fn=may_pass, cache_policy=NO_CACHE, persist_result=False,
 )  # fmt: skip
 @sealed
-def extract_site_batch(work: ModalityWork, at: int, label: str) -> list[Exclusion]:
+def extract_site_batch(
+    work: ModalityWork, at: int, label: str, means: Means = ONE_SLIDE
+) -> list[Exclusion]:
     """Extract one batch of one modality; ``label`` names modality and batch, no patient."""
     del label
-    return extract_batch(work.pending[at], work.spec, work.features)
+    return extract_batch(work.pending[at], work.spec, work.features, means=means)
 
 
 @task(name="assemble-cohort", cache_policy=NO_CACHE, persist_result=False)
@@ -228,9 +231,16 @@ def prepare_site(study: Slug, site: Slug) -> Prepared:
     listed = [row for work in works for row in work.rows]
     exclusions += without_registry(listed, known, protocol.clinical)
     n_pending = sum(len(work.pending[at].rows) for at, _, work in turns)
+    means = {work.modality: means_of(settings, work.modality, work.spec) for work in works}
     with Progress(f"{site}: extract", total=n_pending) as progress:
         futures = [
-            (extract_site_batch.submit(work, at, f"{work.modality}-{at + 1}"), work, at)
+            (
+                extract_site_batch.submit(
+                    work, at, f"{work.modality}-{at + 1}", means[work.modality]
+                ),
+                work,
+                at,
+            )
             for at, _, work in turns
         ]
         for future, work, at in futures:

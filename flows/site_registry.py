@@ -203,6 +203,7 @@ def _register(
         study = protocol.study.name
         signed = sign_model(folder, identity(settings.home), study=study, run=run.info.run_id)
         client.log_model_artifacts(model.model_id, str(folder))
+    _log_maps(client, run.info.run_id, settings, protocol, modality)
     client.finalize_logged_model(model.model_id, "READY")
     client.log_batch(
         run.info.run_id, curve_metrics(source / CURVE, run.info.run_id, model.model_id)
@@ -222,6 +223,19 @@ def _register(
     return SiteEncoder(
         name, int(version.version), modality, key, cohort, weights, str(model.model_id)
     )
+
+
+def _log_maps(
+    client: MlflowClient,
+    run_id: str,
+    settings: SiteSettings,
+    protocol: StudyProtocol,
+    modality: str,
+) -> None:
+    if kind_of(protocol.modality[modality]) == "pathology":
+        from flows.explain import log_training_maps
+
+        log_training_maps(client, run_id, settings, protocol, modality)
 
 
 def _tags(

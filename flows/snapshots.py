@@ -55,6 +55,7 @@ FEATURES: Final = "features"
 ASSIGNMENTS: Final = "assignments.csv"
 _LEDGER: Final = "ledger.json"
 _LOCK: Final = "lock"
+_UNFINISHED: Final = ".h5.partial"  # of a slide whose extraction was interrupted
 
 
 @dataclass(frozen=True)
@@ -411,6 +412,7 @@ def withdraw(settings: SiteSettings, patient_id: str) -> Withdrawal:
             removed += _remove(settings.path("runs", "artifacts"))  # registered encoders
             removed += _remove(settings.path("runs", "encoders.json"))
         removed += _remove_features(settings, patient_id)
+        removed += _remove(settings.path("explained"))  # maps of slides, which are soon made again
         runs = sorted({run for x in holding for run in x.runs})
         tables = {settings.path("runs", run[:12], "patients.csv") for run in runs}
         # A run in one process is not noted in the ledger; its table of risks says who was there.
@@ -470,14 +472,16 @@ def _remove_features(settings: SiteSettings, patient_id: str) -> int:
     for row in read_rows(settings.path(settings.manifest)):
         stem = Path(row.get("path", "")).stem
         if row.get("patient_id") == patient_id and stem:
-            for bag in sorted(settings.path(FEATURES).glob(f"*/{glob.escape(stem)}-????????.h5")):
-                removed += _remove_bag(bag)
+            for suffix in (".h5", _UNFINISHED):
+                pattern = f"*/{glob.escape(stem)}-????????{suffix}"
+                for bag in sorted(settings.path(FEATURES).glob(pattern)):
+                    removed += _remove_bag(bag.with_name(bag.name.removesuffix(suffix) + ".h5"))
     # The next `site prepare` writes the draft again, without the patient.
     return removed + _remove(settings.path(COHORT))
 
 
 def _remove_bag(path: Path) -> int:
-    return _remove(path) + _remove(path.with_suffix(".geojson"))
+    return sum(_remove(path.with_suffix(x)) for x in (".h5", ".geojson", ".jpg", _UNFINISHED))
 
 
 def _remove(path: Path) -> int:

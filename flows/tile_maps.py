@@ -11,7 +11,8 @@ import numpy as np
 
 from modalities.cohort import DataError, read_manifest
 from modalities.pathology import PathologySpec, read_bag
-from modalities.pathology.reader import open_slide, thumbnail
+from modalities.pathology.overview import thumbnail
+from modalities.pathology.reader import open_slide
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -102,7 +103,7 @@ def _of_modality(scorer: SiteScorer, name: str, patient_id: str) -> TileMap | No
     largest = int(np.argmax(sizes))
     own = slice(sum(sizes[:largest]), sum(sizes[: largest + 1]))
     path, coords = scorer.features / references[largest], bags[largest].coords
-    side_px, size_px = _geometry(path, coords)
+    side_px, size_px = geometry_of(path, coords)
     return TileMap(
         modality=name,
         coords=coords,
@@ -111,7 +112,7 @@ def _of_modality(scorer: SiteScorer, name: str, patient_id: str) -> TileMap | No
         share=None if share is None else share[own],
         attention=None if attention is None else attention[own],
         attention_is_the_models=scorer.protocol.encoder[name].sharing == "local",
-        overview=_overview(scorer.settings, name, patient_id, path),
+        overview=overview_of(slide_of(scorer.settings, name, patient_id, path)),
         n_slides=len(bags),
     )
 
@@ -122,7 +123,7 @@ def _attention(encoder: FittedEncoder | None, tiles: NDArray[np.float32]) -> Flo
     return encoder.attention([tiles])[0]
 
 
-def _geometry(bag: Path, coords: NDArray[np.int64]) -> tuple[float, tuple[float, float]]:
+def geometry_of(bag: Path, coords: NDArray[np.int64]) -> tuple[float, tuple[float, float]]:
     """Side of a tile and size of the slide at level 0, as noted in the bag or else guessed."""
     with h5py.File(bag, "r") as file:
         noted = dict(file["coords"].attrs)
@@ -141,18 +142,24 @@ def _step(coords: NDArray[np.int64]) -> float:
     return min(found, default=1.0)
 
 
-def _overview(
-    settings: SiteSettings, name: str, patient_id: str, bag: Path
-) -> NDArray[np.uint8] | None:
-    """Read the slide that a bag was made of, in coarse; None where that cannot be done."""
+def slide_of(settings: SiteSettings, name: str, patient_id: str, bag: Path) -> Path | None:
+    """Find the slide that a patient's bag was made of; None where the manifest has it no more."""
     try:
         rows, _ = read_manifest(settings.path(settings.manifest), [name])
-        stem = bag.stem[:-_DIGEST_CHARACTERS]
-        mine = [r.path for r in rows if r.patient_id == patient_id and r.path.stem == stem]
-        if len(mine) != 1:
+    except (DataError, OSError):
+        return None
+    stem = bag.stem[:-_DIGEST_CHARACTERS]
+    mine = [r.path for r in rows if r.patient_id == patient_id and r.path.stem == stem]
+    return mine[0] if len(mine) == 1 else None
+
+
+def overview_of(slide: Path | None) -> NDArray[np.uint8] | None:
+    """Read a slide in coarse, (h, w, 3); None where that cannot be done."""
+    try:
+        if slide is None:
             return None
-        with open_slide(mine[0]) as slide:
-            downsample = max(1.0, math.ceil(max(slide.size_px) / _OVERVIEW_PX))
-            return thumbnail(slide, downsample)[0]
+        with open_slide(slide) as opened:
+            downsample = max(1.0, math.ceil(max(opened.size_px) / _OVERVIEW_PX))
+            return thumbnail(opened, downsample).rgb
     except (DataError, OSError):
         return None

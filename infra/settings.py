@@ -48,6 +48,13 @@ class SiteSettings(BaseSettings):
         "hold where they protect more than the study's",
     )
     batch_size: int = Field(default=64, ge=1, le=10_000, description="inputs per Prefect task")
+    gpu_slots: int = Field(
+        default=1, ge=1, le=64, description="slides embedded at once, each on the next of the GPUs"
+    )
+    weights: dict[str, Path] = Field(
+        default_factory=dict,
+        description="file of a tile encoder's weights, by modality, where a study pins them",
+    )
 
     @field_validator("home", "manifest", "clinical")
     @classmethod

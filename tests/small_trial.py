@@ -23,6 +23,7 @@ from modalities.cohort import assemble, feature_table, write_cohort
 from modalities.pathology.bags import Bag, write_bag
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from mudata import MuData
@@ -147,11 +148,11 @@ def _bag(features: Path, patient: object, level: float) -> str:
     return reference
 
 
-def prepare(root: Path) -> StudyProtocol:
+def prepare(root: Path, sites: Mapping[str, int] = SITES) -> StudyProtocol:
     """Write study and sites, each with its cohort and its own encoders."""
     (root / STUDY_FILE).write_text(STUDY)
     study = load_protocol(root / STUDY_FILE)
-    for number, (site, n) in enumerate(SITES.items(), start=1):
+    for number, (site, n) in enumerate(sites.items(), start=1):
         (root / site).mkdir()
         (root / site / SITE_FILE).write_text(f'name = "{site}"\nsecret = "{site:.<40}"\n')
         (root / site / "manifest.csv").write_text("patient_id,modality,path\n")

@@ -602,3 +602,34 @@ def test_the_cost_of_the_engine_is_that_of_a_run_held_against_one_process(
     assert found["ratio"] == pytest.approx(found["median_round_s"] / 0.5, rel=1e-3)
     assert {"submit_to_result_s", "submit_to_first_round_s", "targets"} <= found.keys()
     assert found["max_coefficient_gap"] == 0.0
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_torch_thread")
+def test_slides_are_read_and_embedded_as_by_openslide(
+    printed: Callable[..., dict[str, Any]],
+) -> None:
+    found = printed(
+        "pathology", "--make", 2000, "--encoder", "test_resnet", "--tiles", 8, "--repeats", 1,
+        "--no-memory", "--json",
+    )  # fmt: skip
+    assert found["max_pixel_difference"] == 0
+    assert found["tissue_grid_is_the_same_every_time"]
+    assert found["figures"]["reader"] == "jpeg_tiff"
+    assert found["min_cosine"] > 0.99
+    assert set(found["targets"]) <= set(found["ratios"])
+    assert all(x > 0 for x in found["ratios"].values())
+    assert found["n_tiles"] > 30
+    assert found["rss_ratio_30k_over_6k"] is None
+    cpu = found["figures"]["cpu_ms_per_tile"]
+    assert found["ratios"]["raw_read_20x"] == pytest.approx(
+        cpu["raw_20x_ours"] / cpu["raw_20x_openslide"], abs=1e-3
+    )

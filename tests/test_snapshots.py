@@ -604,7 +604,8 @@ def withdrawing(site: Site) -> str:
     table = site.settings.path("runs", "a" * 12, "patients.csv")
     table.parent.mkdir(parents=True)
     table.write_text(f"{gone},0.3\n")
-    site.settings.path("features", f"pathology/{gone}-01234567.geojson").write_text("{}")
+    for suffix in ("geojson", "jpg", "h5.partial"):
+        site.settings.path("features", f"pathology/{gone}-01234567.{suffix}").write_text("{}")
     return gone
 
 

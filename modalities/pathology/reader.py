@@ -1,92 +1,198 @@
-"""Slides as OpenSlide reads them: opening, physical scale, regions, thumbnails."""
+"""Slides as OpenSlide reads them: opening, levels, regions."""
 
 from __future__ import annotations
 
-import math
-import struct
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from os import SEEK_CUR
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-import numpy as np
 import openslide
 from PIL import Image
 
 from modalities.cohort import DataError
+from modalities.pathology.scale import Scale, slide_scale
+from modalities.pathology.tiff_index import TiffIndex, cut_short, read_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
-    from typing import BinaryIO
 
-    from numpy.typing import NDArray
 
 SUFFIXES = frozenset(
     {".bif", ".czi", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".tif", ".tiff", ".vms", ".vmu"}
 )
 
-# Scanners lie between about 0.1 and 10; a TIFF left at 72 or 300 dpi claims 353 or 85.
-_PLAUSIBLE_MPP = (0.05, 10.0)
-_BAND_PX = 1 << 24
 _LEVEL_TOLERANCE = 1.01
-_MOST_DIRECTORIES = 1000
+_CACHE_BYTES = 1 << 25
+_USUAL_STORED_PX = 256
+
+
+class Undecodable(OSError):
+    """Stored pixels of a slide that its decoder does not accept."""
 
 
 @dataclass(frozen=True)
-class _TiffLayout:
-    """Where the first offset stands and how wide offsets, counts and entries are."""
+class Level:
+    """One resolution of a slide.
 
-    first: int
-    offset: str
-    count: str
-    entry_bytes: int
+    Parameters
+    ----------
+    size_px
+        (width, height) in its own pixels.
+    downsample
+        Level-0 pixels per pixel.
+    """
 
-
-_TIFF_LAYOUTS = {
-    b"II*\0": _TiffLayout(4, "<I", "<H", 12),
-    b"MM\0*": _TiffLayout(4, ">I", ">H", 12),
-    b"II+\0": _TiffLayout(8, "<Q", "<Q", 20),
-    b"MM\0+": _TiffLayout(8, ">Q", ">Q", 20),
-}
+    size_px: tuple[int, int]
+    downsample: float
 
 
 @dataclass(frozen=True)
-class Slide:
-    """An open slide and its scale at level 0."""
+class SlideInfo:
+    """Physical scale and resolutions of a slide.
 
-    handle: openslide.OpenSlide
+    Parameters
+    ----------
+    mpp
+        Micrometres per pixel at level 0.
+    levels
+        From the finest to the coarsest.
+    """
+
     mpp: float
+    levels: tuple[Level, ...]
 
     @property
     def size_px(self) -> tuple[int, int]:
         """(width, height) at level 0."""
-        width, height = self.handle.dimensions
-        return width, height
+        return self.levels[0].size_px
 
     def level_for(self, downsample: float) -> tuple[int, float]:
         """Find the coarsest level at least as fine as ``downsample``, and its own downsample.
 
         Levels a hair too coarse count, since scanners round the sizes of their levels.
         """
-        level = self.handle.get_best_level_for_downsample(downsample * _LEVEL_TOLERANCE)
-        return level, float(self.handle.level_downsamples[level])
+        fine = [x.downsample <= downsample * _LEVEL_TOLERANCE for x in self.levels]
+        level = fine.index(False) - 1 if False in fine else len(fine) - 1
+        return max(level, 0), self.levels[max(level, 0)].downsample
 
-    def read(self, xy: tuple[int, int], level: int, size_px: tuple[int, int]) -> Image.Image:
-        """RGB region of ``size_px`` level pixels from ``xy`` at level 0; no data is background."""
-        region = self.handle.read_region(xy, level, size_px)
+
+class Slide:
+    """An open slide. Threads may share it: each reads through a handle of its own.
+
+    Parameters
+    ----------
+    path
+        The slide.
+    scale
+        Its physical scale.
+    handle
+        Of OpenSlide; closed with the slide.
+    """
+
+    def __init__(self, path: Path, scale: Scale, handle: openslide.OpenSlide) -> None:
+        self.path = path
+        self.scale = scale
+        self.properties: Mapping[str, str] = dict(handle.properties)
+        self.info = SlideInfo(scale.mpp, _levels(handle))
+        self._cache = openslide.OpenSlideCache(_CACHE_BYTES)
+        self._lock = threading.Lock()
+        self._open: list[openslide.OpenSlide] = []
+        self._own = threading.local()
+        self._adopt(handle)
+
+    @property
+    def mpp(self) -> float:
+        """Micrometres per pixel at level 0."""
+        return self.info.mpp
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(width, height) at level 0."""
+        return self.info.size_px
+
+    @cached_property
+    def index(self) -> TiffIndex | None:
+        """Where the slide's pixels stand in its file; None where it is no plain TIFF."""
+        return read_index(self.path)
+
+    def region(self, level: int, xy: tuple[int, int], size_px: tuple[int, int]) -> Image.Image:
+        """RGB region of a level; where the slide has no data it is the slide's background.
+
+        Parameters
+        ----------
+        xy, size_px
+            Upper left corner and (width, height) in pixels of the level.
+
+        Raises
+        ------
+        Undecodable
+            If any of it is damaged. The next read is not affected.
+        """
+        downsample = self.info.levels[level].downsample
+        at = (round(xy[0] * downsample), round(xy[1] * downsample))
+        handle = self._handle()
+        try:
+            region = handle.read_region(at, level, size_px)
+        except openslide.OpenSlideError:
+            self._forget(handle)  # after one error a handle refuses everything
+            raise Undecodable("slide: found damaged pixels") from None
+        return self._on_background(region)
+
+    def stored_px(self, level: int) -> tuple[int, int]:
+        """(width, height) of the pieces in which a level is stored, as far as is known."""
+        names = (f"openslide.level[{level}].tile-{axis}" for axis in ("width", "height"))
+        width, height = (int(self.properties.get(x, _USUAL_STORED_PX)) for x in names)
+        return width, height
+
+    def close(self) -> None:
+        """Close every handle."""
+        with self._lock:
+            while self._open:
+                self._open.pop().close()
+
+    def _handle(self) -> openslide.OpenSlide:
+        handle: openslide.OpenSlide | None = getattr(self._own, "handle", None)
+        if handle is None:
+            try:
+                handle = openslide.OpenSlide(self.path)
+            except openslide.OpenSlideError:
+                raise Undecodable("slide: found a file that no longer opens") from None
+            self._adopt(handle)
+        return handle
+
+    def _adopt(self, handle: openslide.OpenSlide) -> None:
+        handle.set_cache(self._cache)
+        self._own.handle = handle
+        with self._lock:
+            self._open.append(handle)
+
+    def _forget(self, handle: openslide.OpenSlide) -> None:
+        self._own.handle = None
+        with self._lock:
+            self._open.remove(handle)
+        handle.close()
+
+    def _on_background(self, region: Image.Image) -> Image.Image:
         alpha = region.getchannel("A")
         if alpha.getextrema() == (255, 255):
             return region.convert("RGB")
-        colour = self.handle.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
+        colour = self.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "ffffff")
         ground = Image.new("RGB", region.size, f"#{colour}")
         ground.paste(region, mask=alpha)
         return ground
 
 
 @contextmanager
-def open_slide(path: Path) -> Iterator[Slide]:
+def open_slide(path: Path, *, tabled_mpp: float | None = None) -> Iterator[Slide]:
     """Open a slide; any failure of OpenSlide inside the block becomes a ``DataError``.
+
+    Parameters
+    ----------
+    tabled_mpp
+        Micrometres per pixel that the user states, for a slide that does not know.
 
     Raises
     ------
@@ -98,100 +204,47 @@ def open_slide(path: Path) -> Iterator[Slide]:
             "missing_file", "slide: found no file, needed a whole-slide image; check the path"
         )
     try:
-        with openslide.OpenSlide(path) as handle:
-            yield Slide(handle, slide_mpp(handle.properties))
+        handle = openslide.OpenSlide(path)
+        try:
+            scale = slide_scale(handle.properties, tabled_mpp)
+        except DataError:
+            handle.close()
+            raise
+        slide = Slide(path, scale, handle)
+        try:
+            yield slide
+        finally:
+            slide.close()
     except openslide.OpenSlideUnsupportedFormatError:
         raise _unsupported(path) from None
-    except openslide.OpenSlideError:
-        raise _unreadable() from None
+    except (openslide.OpenSlideError, Undecodable):
+        raise unreadable() from None
 
 
-def check_ends(slide: Slide) -> None:
-    """Decode the last pixels of every level, which a copy that broke off lacks.
+def check_whole(slide: Slide) -> None:
+    """Check that a slide did not break off during a copy.
 
-    Raises
-    ------
-    openslide.OpenSlideError
-        If they cannot be read; ``open_slide`` turns it into a ``DataError``.
-    """
-    width, height = slide.size_px
-    for level, (level_width, level_height) in enumerate(slide.handle.level_dimensions):
-        side = min(16, level_width, level_height)
-        scale = slide.handle.level_downsamples[level]
-        xy = (math.floor(width - side * scale), math.floor(height - side * scale))
-        slide.handle.read_region((max(xy[0], 0), max(xy[1], 0)), level, (side, side))
-
-
-def thumbnail(slide: Slide, downsample: float) -> tuple[NDArray[np.uint8], float]:
-    """RGB overview (h, w, 3) at about ``downsample``, and the downsample that it has exactly.
-
-    Read in bands, so that a slide without a pyramid never stands in memory as a whole.
-    """
-    level, level_downsample = slide.level_for(downsample)
-    factor = max(1, round(downsample / level_downsample))
-    width, height = slide.handle.level_dimensions[level]
-    rows = factor * max(1, _BAND_PX // (width * factor))
-    bands = []
-    for top in range(0, height, rows):
-        size_px = (width, min(rows, height - top))
-        band = slide.read((0, round(top * level_downsample)), level, size_px)
-        bands.append(np.asarray(band.reduce(factor), dtype=np.uint8))
-    return np.concatenate(bands), level_downsample * factor
-
-
-def slide_mpp(properties: Mapping[str, str]) -> float:
-    """Micrometres per pixel at level 0, from the first source that gives a plausible value.
-
-    In turn: the stated resolution, the objective's power, the TIFF's own resolution.
+    Of a TIFF its index says so; of anything else the last pixels of every level are decoded.
 
     Raises
     ------
     DataError
-        ``missing_resolution``.
+        ``unreadable_slide``.
     """
-    for mpp in (_stated_mpp(properties), _objective_mpp(properties), _tiff_mpp(properties)):
-        if _PLAUSIBLE_MPP[0] <= mpp <= _PLAUSIBLE_MPP[1]:
-            return mpp
-    raise DataError(
-        "missing_resolution",
-        "slide: found no plausible resolution, needed micrometres per pixel between "
-        f"{_PLAUSIBLE_MPP[0]} and {_PLAUSIBLE_MPP[1]}; export the slide again with its resolution",
-    )
-
-
-def _stated_mpp(properties: Mapping[str, str]) -> float:
-    x = _number(properties, openslide.PROPERTY_NAME_MPP_X)
-    y = _number(properties, openslide.PROPERTY_NAME_MPP_Y)
-    return math.sqrt(x * y)
-
-
-def _objective_mpp(properties: Mapping[str, str]) -> float:
-    # An objective of 20x gives 0.5 micrometres per pixel on every common scanner camera.
-    powers = [
-        _number(properties, name)
-        for name in (openslide.PROPERTY_NAME_OBJECTIVE_POWER, "aperio.AppMag")
-    ]
-    return 10 / next((power for power in powers if power > 0), math.nan)
-
-
-def _tiff_mpp(properties: Mapping[str, str]) -> float:
-    unit_um = {"centimeter": 1e4, "inch": 25_400.0}.get(
-        properties.get("tiff.ResolutionUnit", ""), math.nan
-    )
-    x, y = (_number(properties, f"tiff.{axis}Resolution") for axis in "XY")
-    return unit_um / math.sqrt(x * y) if x > 0 and y > 0 else math.nan
-
-
-def _number(properties: Mapping[str, str], name: str) -> float:
-    # Some exports write a decimal comma.
+    if slide.index is not None:
+        if slide.index.n_bytes_needed > slide.path.stat().st_size:
+            raise unreadable()
+        return
     try:
-        value = float(properties.get(name, "nan").replace(",", "."))
-    except ValueError:
-        return math.nan
-    return value if value > 0 else math.nan
+        for number, level in enumerate(slide.info.levels):
+            side = min(16, *level.size_px)
+            slide.region(number, (level.size_px[0] - side, level.size_px[1] - side), (side, side))
+    except Undecodable:
+        raise unreadable() from None
 
 
-def _unreadable() -> DataError:
+def unreadable() -> DataError:
+    """Error of a slide whose pixels cannot be read."""
     return DataError(
         "unreadable_slide",
         "slide: found damaged or missing image data, needed a whole file; copy it again "
@@ -199,43 +252,16 @@ def _unreadable() -> DataError:
     )
 
 
+def _levels(handle: openslide.OpenSlide) -> tuple[Level, ...]:
+    sizes = zip(handle.level_dimensions, handle.level_downsamples, strict=True)
+    return tuple(Level((size[0], size[1]), float(down)) for size, down in sizes)
+
+
 def _unsupported(path: Path) -> DataError:
-    if _tiff_cut_short(path):
-        return _unreadable()
+    if cut_short(path):
+        return unreadable()
     return DataError(
         "not_a_slide",
         "slide: found a file that OpenSlide does not read, needed a whole-slide image "
         "such as SVS, NDPI, MRXS or a tiled TIFF; convert it",
     )
-
-
-def _tiff_cut_short(path: Path) -> bool:
-    """Whether a file begins as a TIFF and its chain of directories leads past its end.
-
-    Scanners write the directories last, so that OpenSlide calls a slide that broke off during
-    a copy an unknown format.
-    """
-    try:
-        with path.open("rb") as stream:
-            layout = _TIFF_LAYOUTS.get(stream.read(4))
-            return layout is not None and _chain_breaks(stream, layout)
-    except OSError:
-        return False
-
-
-def _chain_breaks(stream: BinaryIO, layout: _TiffLayout) -> bool:
-    def take(code: str) -> int:
-        value: int = struct.unpack(code, stream.read(struct.calcsize(code)))[0]
-        return value
-
-    stream.seek(layout.first)
-    try:
-        for _ in range(_MOST_DIRECTORIES):
-            offset = take(layout.offset)
-            if offset == 0:
-                return False
-            stream.seek(offset)
-            stream.seek(take(layout.count) * layout.entry_bytes, SEEK_CUR)
-    except struct.error:
-        return True
-    return False

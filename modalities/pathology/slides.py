@@ -4,79 +4,69 @@ from __future__ import annotations
 
 import csv
 from dataclasses import astuple, dataclass, fields
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from modalities.cohort import DataError
-from modalities.files import digest_path, fingerprint, replacing
-from modalities.pathology.bags import Bag, is_current, write_bag, write_outline
+from modalities.files import replacing
+from modalities.pathology.devices import extract_over, found_devices
 from modalities.pathology.encoder import check_encoder_name, load_tile_encoder
-from modalities.pathology.reader import SUFFIXES, Slide, check_ends, open_slide, thumbnail
-from modalities.pathology.tiles import Geometry, read_tiles, spread, tile_coords, tile_geometry
-from modalities.pathology.tissue import thumbnail_downsample, tissue_mask, tissue_outline
+from modalities.pathology.layouts import places, write_coords
+from modalities.pathology.pipeline import SlideJob, SlideOutcome, extract_slides
+from modalities.pathology.reader import SUFFIXES
+from modalities.pathology.scale import MppTable, read_mpp_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
+    from modalities.pathology.encoder import Compiler
+    from modalities.pathology.export import Export
+    from modalities.pathology.layouts import Layout, Places
     from modalities.pathology.network import TileEncoder
+    from modalities.pathology.pipeline import Encoder, Watch
     from modalities.pathology.spec import PathologySpec
 
 
 @dataclass(frozen=True)
-class SlideOutcome:
-    """What became of one slide, as a row of ``outcomes.csv``.
+class Manner:
+    """How slides are extracted and where results go, whatever is extracted.
 
     Parameters
     ----------
-    slide
-        Name of the slide's file without its suffix; it stays at the site.
-    code
-        Code of the ``DataError`` for a failed slide, else empty.
+    layout
+        ``plain`` puts all of a slide side by side; ``trident`` into the folders of that tool.
+    export
+        Write each bag as AnnData as well.
+    pictures
+        Write the slide in small, with the outline of its tissue.
+    weights
+        File of the encoder's weights; None takes those of its source.
+    compiler
+        As for :func:`load_tile_encoder`.
+    devices
+        To embed on; None takes all GPUs, or else the processor.
     """
 
-    slide: str
-    outcome: Literal["done", "failed", "unchanged"]
-    code: str = ""
-    reason: str = ""
-    n_tiles: int = 0
+    layout: Layout = "plain"
+    export: Export | None = None
+    pictures: bool = True
+    weights: Path | None = None
+    compiler: Compiler = "none"
+    devices: Sequence[str | None] | None = None
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Where a slide's tiles lie."""
-
-    coords: NDArray[np.int64]
-    geometry: Geometry
-    outline: dict[str, Any]
-
-
-def check_slide(path: Path, spec: PathologySpec) -> None:
-    """Check that a slide opens, has a scale, is whole and holds tissue, without encoding it.
-
-    Raises
-    ------
-    DataError
-        ``missing_file``, ``not_a_slide``, ``missing_resolution``, ``unreadable_slide``,
-        ``too_coarse`` or ``no_tissue``.
-    """
-    with open_slide(path) as slide:
-        _plan(slide, spec)
+USUAL = Manner()
 
 
 def extract_slide(
     path: Path,
     out_h5: Path,
     spec: PathologySpec,
-    encoder: TileEncoder,
+    encoder: Encoder,
     *,
     input_digest: str | None = None,
     marks: Mapping[str, str] | None = None,
-) -> int:
+) -> SlideOutcome:
     """Write the bag of one slide, and its tissue outline beside it as GeoJSON.
 
     Parameters
@@ -86,72 +76,101 @@ def extract_slide(
     marks
         Further attributes of the file, by which its maker recognises it.
 
-    Returns
-    -------
-    int
-        Number of tiles.
-
     Raises
     ------
     DataError
-        As ``check_slide``; nothing is written then.
+        As ``check_slide``, or ``few_good_tiles``, ``stain``, ``non_finite`` or ``in_progress``;
+        nothing is written then.
     """
-    with open_slide(path) as slide:
-        plan = _plan(slide, spec)
-        features = _embed(slide, plan, spec, encoder)
-        file_attrs = {
-            **(marks or {}),
-            "input_digest": input_digest or digest_slide(path),
-            "spec_fingerprint": spec.fingerprint(),
-            "encoder": encoder.name,
-            "precision": encoder.precision,
-            "slide_mpp": slide.mpp,
-        }
-        coords_attrs = _trident_attrs(slide, plan.geometry, spec, name=path.stem)
-    write_outline(out_h5.with_suffix(".geojson"), plan.outline)
-    # Last, so that a current bag always has its outline.
-    bag = Bag(plan.coords, features)
-    write_bag(out_h5, bag, coords_attrs=coords_attrs, file_attrs=file_attrs)
-    return len(plan.coords)
+    job = SlideJob(path, out_h5, input_digest=input_digest, marks=marks or {})
+    ((_, outcome),) = extract_slides([job], spec, lambda: encoder)
+    if outcome.outcome == "failed":
+        raise DataError(outcome.code, outcome.reason)
+    return outcome
 
 
 def extract(
-    source: Path, out: Path, spec: PathologySpec, *, advance: Callable[[int], None] | None = None
+    source: Path,
+    out: Path,
+    spec: PathologySpec,
+    *,
+    mpp_table: Path | None = None,
+    manner: Manner = USUAL,
+    advance: Callable[[int], None] | None = None,
+    watch: Watch | None = None,
 ) -> list[SlideOutcome]:
     """Extract every slide of ``source`` into ``out``, skipping what has not changed.
 
-    Writes ``<slide>.h5`` and ``<slide>.geojson`` per slide, and ``outcomes.csv``.
+    Writes ``<slide>.h5``, ``<slide>.geojson`` and ``<slide>.jpg`` per slide, and ``outcomes.csv``.
 
     Parameters
     ----------
     source
         As for ``find_slides``.
+    mpp_table
+        CSV with the columns ``wsi`` and ``mpp``, for slides that do not know their resolution.
+    manner
+        Where results go, and on what they are computed.
     advance
         Called with 1 after every slide.
+    watch
+        Called after every batch of tiles.
 
     Raises
     ------
     DataError
-        If ``source`` itself cannot be used.
-    UnknownEncoder, MissingWeights
+        If ``source`` or ``mpp_table`` itself cannot be used.
+    UnknownEncoder, MissingWeights, WrongWeights, MissingCompiler
         If the encoder cannot be loaded.
     """
     check_encoder_name(spec.encoder)
     slides = find_slides(source)
+    tabled = MppTable({}) if mpp_table is None else read_mpp_table(mpp_table)
 
-    @cache
-    def encoder() -> TileEncoder:
-        return load_tile_encoder(spec)
+    def load(device: str | None) -> TileEncoder:
+        return load_tile_encoder(
+            spec, weights=manner.weights, device=device, compiler=manner.compiler
+        )
 
-    outcomes: list[SlideOutcome] = []
-    seen: set[str] = set()
-    for path in slides:
-        outcomes.append(_outcome(path, out, spec, encoder, seen))
-        seen.add(path.stem.casefold())
+    repeated = _repeated_names(slides)
+    to_do = [path for i, path in enumerate(slides) if i not in repeated]
+    where = {path: places(out, path.stem, spec, manner.layout) for path in to_do}
+    jobs = [_job(path, where[path], manner, tabled.of(path)) for path in to_do]
+    devices = found_devices() if manner.devices is None else manner.devices
+    found: dict[Path, SlideOutcome] = {}
+    for job, outcome in extract_over(devices, jobs, spec, load, watch=watch):
+        if outcome.outcome != "failed":
+            _write_more(where[job.path], manner)
+        found[job.path] = outcome
         if advance is not None:
             advance(1)
+    if advance is not None:
+        advance(len(repeated))
+    outcomes = [_duplicate(path) if i in repeated else found[path] for i, path in enumerate(slides)]
     _write_outcomes(out / "outcomes.csv", outcomes)
     return outcomes
+
+
+def _job(path: Path, where: Places, manner: Manner, tabled_mpp: float | None) -> SlideJob:
+    return SlideJob(
+        path,
+        where.bag,
+        tabled_mpp=tabled_mpp,
+        reuse=True,
+        outline=where.outline,
+        picture=where.picture if manner.pictures else None,
+        thumbnail=where.thumbnail if manner.pictures else None,
+    )
+
+
+def _write_more(where: Places, manner: Manner) -> None:
+    """Write what other tools read, from a bag that is whole."""
+    if where.coords is not None:
+        write_coords(where.bag, where.coords)
+    if manner.export is not None:
+        from modalities.pathology.export import export_bag  # pandas takes a while to import
+
+        export_bag(where.bag, manner.export)
 
 
 def find_slides(source: Path) -> list[Path]:
@@ -182,103 +201,21 @@ def find_slides(source: Path) -> list[Path]:
     return slides
 
 
-def digest_slide(path: Path) -> str:
-    """SHA-256 of a slide, with the data folder beside it where its format has one (MRXS).
-
-    Raises
-    ------
-    DataError
-        ``missing_file`` or ``unreadable_slide``.
-    """
-    data = path.with_suffix("")
-    try:
-        if path.suffix.lower() == ".mrxs" and data.is_dir():
-            return fingerprint([digest_path(path), digest_path(data)])
-        return digest_path(path)
-    except FileNotFoundError:
-        raise DataError("missing_file", "slide: found no file; check the path") from None
-    except OSError:
-        raise DataError(
-            "unreadable_slide", "slide: found a file that cannot be read; check its permissions"
-        ) from None
+def _repeated_names(slides: Iterable[Path]) -> set[int]:
+    """Places of the slides whose name an earlier one has, which would share its bag."""
+    seen: set[str] = set()
+    repeated = set()
+    for i, path in enumerate(slides):
+        name = path.stem.casefold()
+        if name in seen:
+            repeated.add(i)
+        seen.add(name)
+    return repeated
 
 
-def _outcome(
-    path: Path,
-    out: Path,
-    spec: PathologySpec,
-    encoder: Callable[[], TileEncoder],
-    seen: set[str],
-) -> SlideOutcome:
-    name = path.stem
-    out_h5 = out / f"{name}.h5"
-    try:
-        if name.casefold() in seen:
-            raise DataError(
-                "duplicate_name", "slide: found an earlier slide of this name; rename one"
-            )
-        digest = digest_slide(path)
-        if is_current(out_h5, input_digest=digest, spec_fingerprint=spec.fingerprint()):
-            return SlideOutcome(name, "unchanged", n_tiles=_n_tiles(out_h5))
-        n_tiles = extract_slide(path, out_h5, spec, encoder(), input_digest=digest)
-        return SlideOutcome(name, "done", n_tiles=n_tiles)
-    except DataError as error:
-        return SlideOutcome(name, "failed", error.code, str(error))
-
-
-def _plan(slide: Slide, spec: PathologySpec) -> _Plan:
-    geometry = tile_geometry(spec, slide.mpp)
-    check_ends(slide)
-    rgb, downsample = thumbnail(slide, thumbnail_downsample(slide.size_px, slide.mpp))
-    mask = tissue_mask(rgb, slide.mpp * downsample)
-    coords = tile_coords(
-        slide.size_px, geometry, mask, downsample, min_tissue_fraction=spec.min_tissue_fraction
-    )
-    if not len(coords):
-        raise DataError(
-            "no_tissue",
-            f"slide: found tissue on {mask.mean():.1%} of it and no tile with enough, needed one "
-            f"tile with {spec.min_tissue_fraction:.0%}; check the scan or lower the fraction",
-        )
-    return _Plan(spread(coords, spec.max_tiles), geometry, tissue_outline(mask, downsample))
-
-
-def _embed(
-    slide: Slide, plan: _Plan, spec: PathologySpec, encoder: TileEncoder
-) -> NDArray[np.float32]:
-    batches = read_tiles(
-        slide,
-        plan.coords,
-        plan.geometry.field_px,
-        tile_px=spec.tile_px,
-        batch_tiles=encoder.batch_tiles,
-    )
-    features = np.concatenate([encoder.embed(tiles) for tiles in batches])
-    if not np.isfinite(features).all():
-        raise DataError(
-            "non_finite",
-            "slide: found NaN or infinity in its embeddings, needed finite values; "
-            "set precision to fp32",
-        )
-    return features
-
-
-def _trident_attrs(
-    slide: Slide, geometry: Geometry, spec: PathologySpec, *, name: str
-) -> dict[str, Any]:
-    width, height = slide.size_px
-    stride_px = spec.tile_px if spec.stride_px is None else spec.stride_px
-    return {
-        "patch_size": spec.tile_px,
-        "patch_size_level0": geometry.field_px,
-        "level0_magnification": round(10 / slide.mpp),
-        "target_magnification": round(10 / spec.tile_mpp),
-        "overlap": spec.tile_px - stride_px,
-        "name": name,
-        "savetodir": ".",
-        "level0_width": width,
-        "level0_height": height,
-    }
+def _duplicate(path: Path) -> SlideOutcome:
+    reason = "slide: found an earlier slide of this name; rename one"
+    return SlideOutcome(path.stem, "failed", "duplicate_name", reason)
 
 
 def _manifest_slides(manifest: Path) -> list[Path]:
@@ -294,13 +231,6 @@ def _manifest_slides(manifest: Path) -> list[Path]:
     if not all(paths):
         raise DataError("manifest", "manifest: found a row without a path, needed a column 'path'")
     return [manifest.parent / path for path in paths if path]
-
-
-def _n_tiles(out_h5: Path) -> int:
-    import h5py
-
-    with h5py.File(out_h5, "r") as file:
-        return len(file["coords"])
 
 
 def _write_outcomes(path: Path, outcomes: Sequence[SlideOutcome]) -> None:

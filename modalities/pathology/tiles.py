@@ -1,27 +1,22 @@
-"""The grid of tiles over the tissue of a slide, and their pixels."""
+"""The grid of tiles over the tissue of a slide."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from modalities.cohort import DataError
+from modalities.pathology.cutting import side_at_level_0
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
-    from modalities.pathology.reader import Slide
     from modalities.pathology.spec import PathologySpec
 
 # A coarser slide would have its tiles blown up: the encoder would see blur and nobody would know.
 _COARSEST = 1.5
-_STRIP_PX = 8192
 
 
 @dataclass(frozen=True)
@@ -57,9 +52,9 @@ def tile_geometry(spec: PathologySpec, mpp: float) -> Geometry:
             f"slide: found {mpp:.3g} micrometres per pixel, needed at most "
             f"{_COARSEST * spec.tile_mpp:.3g}; scan it at a higher power or raise tile_mpp",
         )
-    scale = spec.tile_mpp / mpp
     stride_px = spec.tile_px if spec.stride_px is None else spec.stride_px
-    return Geometry(max(1, round(spec.tile_px * scale)), max(1, round(stride_px * scale)))
+    sides = (side_at_level_0(px, spec.tile_mpp, mpp) for px in (spec.tile_px, stride_px))
+    return Geometry(*sides)
 
 
 def tile_coords(
@@ -87,13 +82,11 @@ def tile_coords(
     xs, ys = (_starts(length, geometry) for length in size_px)
     left, right = _mask_span(xs, geometry.field_px, downsample, mask.shape[1])
     top, bottom = _mask_span(ys, geometry.field_px, downsample, mask.shape[0])
-    table = np.pad(mask.cumsum(0, dtype=np.int64).cumsum(1), ((1, 0), (1, 0)))
-    tissue = (
-        table[np.ix_(bottom, right)]
-        - table[np.ix_(top, right)]
-        - table[np.ix_(bottom, left)]
-        + table[np.ix_(top, left)]
-    )
+    tissue = np.empty((len(ys), len(xs)), dtype=np.int64)
+    for row, (first, last) in enumerate(zip(top, bottom, strict=True)):
+        # Tissue to the left of every column: two of these give what a tile holds.
+        table = np.pad(mask[first:last].sum(axis=0, dtype=np.int64).cumsum(), (1, 0))
+        tissue[row] = table[right] - table[left]
     fraction = tissue / np.outer(bottom - top, right - left)
     rows, columns = np.nonzero((fraction >= min_tissue_fraction) & (tissue > 0))
     return np.stack([xs[columns], ys[rows]], axis=1)
@@ -107,29 +100,6 @@ def spread(coords: NDArray[np.int64], max_tiles: int | None) -> NDArray[np.int64
     return coords[np.arange(max_tiles) * n_tiles // max_tiles]
 
 
-def read_tiles(
-    slide: Slide, coords: NDArray[np.int64], field_px: int, *, tile_px: int, batch_tiles: int
-) -> Iterator[NDArray[np.uint8]]:
-    """Pixels of the tiles at ``coords``, in batches (<= batch_tiles, tile_px, tile_px, 3).
-
-    Neighbours in a row are read in one go; each is then brought from ``field_px`` level-0
-    pixels to ``tile_px``.
-    """
-    level, downsample = slide.level_for(field_px / tile_px)
-    side = field_px / downsample
-    if abs(side - tile_px) < 0.5:
-        side = float(tile_px)  # less than half a pixel in a tile is not worth a resampling
-    batch: list[NDArray[np.uint8]] = []
-    for strip in _strips(coords, 2 * field_px, _STRIP_PX * downsample):
-        for tile in _cut(slide, strip, level, downsample, side=side, tile_px=tile_px):
-            batch.append(tile)
-            if len(batch) == batch_tiles:
-                yield np.stack(batch)
-                batch = []
-    if batch:
-        yield np.stack(batch)
-
-
 def _starts(length_px: int, geometry: Geometry) -> NDArray[np.int64]:
     return np.arange(0, length_px - geometry.field_px + 1, geometry.stride_px, dtype=np.int64)
 
@@ -140,40 +110,3 @@ def _mask_span(
     first = np.minimum(np.rint(starts / downsample).astype(np.int64), length - 1)
     last = np.rint((starts + field_px) / downsample).astype(np.int64)
     return first, np.clip(last, first + 1, length)
-
-
-def _strips(
-    coords: NDArray[np.int64], gap_px: float, width_px: float
-) -> Iterator[NDArray[np.int64]]:
-    """Yield runs of tiles of one row, without wide gaps and not too wide as a whole."""
-    begin = 0
-    for i in range(1, len(coords)):
-        step_x, step_y = coords[i] - coords[i - 1]
-        if step_y != 0 or step_x > gap_px or coords[i, 0] - coords[begin, 0] > width_px:
-            yield coords[begin:i]
-            begin = i
-    yield coords[begin:]
-
-
-def _cut(
-    slide: Slide,
-    strip: NDArray[np.int64],
-    level: int,
-    downsample: float,
-    *,
-    side: float,
-    tile_px: int,
-) -> Iterator[NDArray[np.uint8]]:
-    x, y = (int(v) for v in strip[0])
-    offsets = (strip[:, 0] - x) / downsample
-    if side == tile_px:
-        offsets = np.rint(offsets)
-    width, height = math.ceil(offsets[-1] + side), math.ceil(side)
-    region = slide.read((x, y), level, (width, height))
-    for left in offsets:
-        if side == tile_px:
-            tile = region.crop((int(left), 0, int(left) + tile_px, tile_px))
-        else:
-            box = (left, 0, left + side, side)
-            tile = region.resize((tile_px, tile_px), Image.Resampling.LANCZOS, box=box)
-        yield np.asarray(tile, dtype=np.uint8)

@@ -1,0 +1,88 @@
+"""Tiles through OpenSlide, for every format that it reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from modalities.pathology.cutting import Tiles, cut, resampled
+from modalities.pathology.reader import Undecodable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from modalities.pathology.cutting import Cut
+    from modalities.pathology.reader import Slide
+    from modalities.pathology.workers import Workers
+
+_STRIP_TILES = 8
+
+
+class OpenSlideReader:
+    """Reads neighbours in a row in one go.
+
+    Parameters
+    ----------
+    workers
+        Threads that read.
+    """
+
+    name = "openslide"
+
+    def __init__(self, slide: Slide, workers: Workers) -> None:
+        self.info = slide.info
+        self._slide = slide
+        self._workers = workers
+
+    def expect(self, xy: NDArray[np.int64], *, tile_px: int, mpp: float) -> None:
+        """Nothing is kept, so nothing is forgotten."""
+
+    def read_tiles(self, xy: NDArray[np.int64], *, tile_px: int, mpp: float) -> Tiles:
+        """Read tiles; see ``TileReader``."""
+        how = cut(self.info, tile_px=tile_px, mpp=mpp)
+        corners = how.corners(xy)
+        strips = list(_strips(corners, 2 * how.side_px))
+        read = self._workers.map(lambda part: self._read(corners[part], how), strips)
+        if not read:
+            return Tiles(np.empty((0, tile_px, tile_px, 3), np.uint8), np.empty(0, bool))
+        return Tiles(np.concatenate([x.pixels for x in read]), np.concatenate([x[1] for x in read]))
+
+    def close(self) -> None:
+        """Nothing to let go of: the slide closes itself."""
+
+    def _read(self, strip: NDArray[np.int64], how: Cut) -> Tiles:
+        side = how.side_px
+        left, top = (int(v) for v in strip[0])
+        size_px = (int(strip[-1, 0]) - left + side, side)
+        try:
+            region = np.asarray(self._slide.region(how.level, (left, top), size_px))
+        except Undecodable:
+            return self._read_singly(strip, how)
+        fields = np.stack([region[:, x - left : x - left + side] for x in strip[:, 0]])
+        return Tiles(resampled(fields, how.tile_px), np.ones(len(strip), dtype=bool))
+
+    def _read_singly(self, strip: NDArray[np.int64], how: Cut) -> Tiles:
+        side = how.side_px
+        fields = np.zeros((len(strip), side, side, 3), dtype=np.uint8)
+        decoded = np.ones(len(strip), dtype=bool)
+        for i, (x, y) in enumerate(strip.tolist()):
+            try:
+                fields[i] = np.asarray(self._slide.region(how.level, (x, y), (side, side)))
+            except Undecodable:
+                decoded[i] = False
+        return Tiles(resampled(fields, how.tile_px), decoded)
+
+
+def _strips(corners: NDArray[np.int64], gap_px: int) -> Iterator[slice]:
+    """Yield runs of tiles of one row from left to right, without wide gaps and not too long."""
+    begin = 0
+    for i in range(1, len(corners)):
+        step_x, step_y = corners[i] - corners[i - 1]
+        if step_y != 0 or not 0 <= step_x <= gap_px or i - begin == _STRIP_TILES:
+            yield slice(begin, i)
+            begin = i
+    if len(corners):
+        yield slice(begin, len(corners))

