@@ -6,8 +6,9 @@ import fcntl
 import functools
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Final, TypeVar
 
+from flows.snapshots import withdraw_again
 from infra.settings import Workspace
 
 if TYPE_CHECKING:
@@ -25,9 +26,10 @@ def turn(settings: SiteSettings) -> Iterator[None]:
     """Wait until no other process prepares or trains the site; a killed one lets go at once.
 
     Features and cohort are read, added to and written anew: of two writers at once, the last one
-    would undo what the other had added.
+    would undo what the other had added. A patient may be withdrawn at any moment: what was written
+    behind a withdrawal is deleted when the turn ends, or, after a kill, when the next one begins.
     """
-    with settings.path(LOCK).open("ab") as file:
+    with settings.path(LOCK).open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -37,7 +39,23 @@ def turn(settings: SiteSettings) -> Iterator[None]:
             )
             sys.stderr.flush()
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        _settle_withdrawals(settings, file)
+        try:
+            yield
+        finally:
+            _settle_withdrawals(settings, file)
+
+
+def _settle_withdrawals(settings: SiteSettings, file: BinaryIO) -> None:
+    """Delete what was written behind a withdrawal; the lock's file counts those dealt with."""
+    file.seek(0)
+    text = file.read()
+    before = int(text) if text.isdigit() else 0
+    now = withdraw_again(settings, after=before)
+    if now != before:
+        file.truncate(0)
+        file.write(str(now).encode())
+        file.flush()
 
 
 def in_turn(work: Callable[[str, str], R]) -> Callable[[str, str], R]:

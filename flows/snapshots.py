@@ -423,6 +423,30 @@ def withdraw(settings: SiteSettings, patient_id: str) -> Withdrawal:
     return Withdrawal(removed, tuple(x.number for x in holding), tuple(runs))
 
 
+def withdraw_again(settings: SiteSettings, *, after: int) -> int:
+    """Delete what was written meanwhile of patients who were withdrawn since.
+
+    Parameters
+    ----------
+    after
+        How many withdrawals nothing was written behind.
+
+    Returns
+    -------
+    int
+        How many withdrawals there are.
+    """
+    withdrawn = _Ledger.read(settings).withdrawn
+    latest = set(withdrawn[after:])
+    if latest:
+        listing = (settings.path(ASSIGNMENTS), settings.path(settings.manifest))
+        ids = {row.get("patient_id", "") for path in listing for row in read_rows(path)}
+        for patient_id in sorted(ids):
+            if keyed(settings.key, "patient", patient_id) in latest:
+                withdraw(settings, patient_id)
+    return len(withdrawn)
+
+
 def _forbid(settings: SiteSettings, ledger: _Ledger, patient_id: str) -> list[_Snapshot]:
     """Record a withdrawal, and give the snapshots that must go."""
     who = keyed(settings.key, "patient", patient_id)

@@ -7,6 +7,7 @@ import re
 import shutil
 from typing import TYPE_CHECKING
 
+import anndata as ad
 import pytest
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from flows.extraction import collect
 from flows.protocol import load_protocol
 from flows.site import ASSIGNMENTS, assemble_cohort, extract_site_batch, list_inputs
 from flows.site import read_site_registry as read_site
+from flows.site_turns import turn
 from flows.snapshots import COHORT, record_run, released, withdraw
 from flows.terminal import UsageError
 from infra.settings import STUDY_FILE, Workspace
@@ -185,3 +187,44 @@ def test_the_command_withdraws_nobody_whom_it_cannot_tell(
     assert isinstance(unknown.exception, DataError)
     assert unknown.output == ""
     assert files_with(site, patient) == before
+
+
+def written_behind(settings: SiteSettings, patient_id: str) -> None:
+    """Withdraw a patient while a night is at work, which then writes what it had read before."""
+    files = [*settings.path("features").glob("*.h5ad"), settings.path(COHORT)]
+    before = {file: file.read_bytes() for file in files}
+    withdraw(settings, patient_id)
+    for file, content in before.items():
+        file.write_bytes(content)
+
+
+def features_hold(settings: SiteSettings, patient_id: str) -> bool:
+    tables = [ad.read_h5ad(file) for file in settings.path("features").glob("*.h5ad")]
+    assert tables
+    return any(patient_id in table.obs_names for table in tables)
+
+
+def test_what_a_night_writes_behind_a_withdrawal_is_gone_when_it_ends(root: Path) -> None:
+    settings = Workspace(root=root).site(SITE)
+    patient_id = str(read_cohort(settings.path(COHORT)).obs_names[0])
+    with turn(settings):
+        written_behind(settings, patient_id)
+        assert features_hold(settings, patient_id)
+    assert not features_hold(settings, patient_id)
+    assert not settings.path(COHORT).exists()
+
+
+def test_what_a_killed_night_wrote_behind_a_withdrawal_is_gone_when_the_next_begins(
+    root: Path,
+) -> None:
+    settings, study = Workspace(root=root).site(SITE), load_protocol(root / STUDY_FILE)
+    patient_id = str(read_cohort(settings.path(COHORT)).obs_names[0])
+    written_behind(settings, patient_id)
+    with turn(settings):
+        assert not features_hold(settings, patient_id)
+        night(settings, study)
+    # Dealt with once: what the night wrote stays.
+    assert settings.path(COHORT).exists()
+    with turn(settings):
+        pass
+    assert patient_id not in read_cohort(settings.path(COHORT)).obs_names
