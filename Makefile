@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow lint docs lock bundle clean
+.PHONY: help install demo test slow lint docs pictures lock bundle clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ lint: $(STAMP)  ## check style, types and who imports whom
 
 docs: $(STAMP)  ## build the pages of docs/ into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+pictures: $(STAMP)  ## take the pictures in docs/pictures anew; needs Chromium and PostgreSQL
+	CONSILIUM_PICTURES="$(CURDIR)/docs/pictures" $(BIN)/python -m pytest -m slow tests/test_topology.py -k browser
 
 lock: $(BIN)/uv  ## resolve the dependencies anew into requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --generate-hashes \

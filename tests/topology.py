@@ -22,7 +22,7 @@ from flows.serve import running
 from flows.services import ServiceError, free_port
 from tests.federated import end_services, plain_folder
 from tests.postgres import postgres_server
-from tests.test_canary import plant
+from tests.test_canary import TABLES, plant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +35,16 @@ SIZES = (110, 100)
 _COMMAND = [sys.executable, "-W", "ignore", "-c", "from flows.cli import main; main()"]
 _TERMINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 QUORUM = 2
+# What a hundred patients of a site reach is chance; promotion is to be seen, not the model.
+_GATES = """
+[gates]
+min_concordance = 0.3
+max_champion_loss = 0.3
+min_calibration_slope = 0.2
+max_calibration_slope = 3
+min_observed_expected = 0.3
+max_observed_expected = 3
+"""
 # Lets a party's programs read another policy than the one of this checkout.
 _OWN_POLICY = """
 import importlib.abc, importlib.util, os, sys
@@ -172,16 +182,15 @@ class PartyHere:
 
     def grow(self, n: int) -> None:
         """Let patients come: each like one who is there, with everything that can be known."""
-        manifest = _table(self.root / "manifest.csv")
-        known = [set(of["patient_id"]) for _, of in manifest.groupby("modality")]
+        manifest = self.root / "manifest.csv"
+        listed = _table(manifest)
+        listed = listed[listed["modality"].isin(TABLES)]
+        known = [set(of["patient_id"]) for _, of in listed.groupby("modality")]
         new = {old: f"{old}-too" for old in sorted(set.intersection(*known))[:n]}
         assert len(new) == n
-        for path in (*map(self.root.joinpath, set(manifest["path"])),
-                     *(self.root / x for x in ("manifest.csv", "clinical.csv"))):  # fmt: skip
-            table = _table(path)
-            more = table[table["patient_id"].isin(new)].copy()
-            more["patient_id"] = more["patient_id"].map(new)
-            pd.concat([table, more]).to_csv(path, index=False)
+        _repeat(manifest, new, listed)
+        for path in {"clinical.csv", *listed["path"]}:
+            _repeat(self.root / path, new, _table(self.root / path))
 
     def logs(self) -> str:
         """Last lines of the party's own logs."""
@@ -207,6 +216,13 @@ class Topology:
 
 def _table(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+def _repeat(path: Path, new: Mapping[str, str], rows: pd.DataFrame) -> None:
+    """Add rows to a table, under new names of their patients."""
+    more = rows[rows["patient_id"].isin(new)].copy()
+    more["patient_id"] = more["patient_id"].map(new)
+    pd.concat([_table(path), more]).to_csv(path, index=False)
 
 
 def side_by_side(do: Callable[[PartyHere], object], parties: Sequence[PartyHere]) -> None:
@@ -283,7 +299,7 @@ def _write_files(folder: Path) -> tuple[tuple[str, ...], Planted]:
 
     names = write_consortium(folder, SIZES, seed=7, tables_only=True)
     planted = plant(folder, names)
-    study = (folder / "study.toml").read_text()
+    study = (folder / "study.toml").read_text() + _GATES
     home = folder / "coordinator"
     home.mkdir()
     for name in (*names, "coordinator"):
