@@ -406,6 +406,24 @@ def test_what_becomes_of_each_slide_stands_in_a_table(
             assert (file.attrs["slide_mpp"], file.attrs["slide_mpp_source"]) == (0.5, "stated")
 
 
+def test_the_table_is_there_before_the_last_slide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        write_slide(tmp_path / f"{name}.tif", scene(600))
+    monkeypatch.setattr(
+        "modalities.pathology.slides.load_tile_encoder", lambda *_, **__: Averages()
+    )
+    n_rows: list[int] = []
+
+    def note(_: int) -> None:
+        with (tmp_path / "out" / "outcomes.csv").open(newline="") as stream:
+            n_rows.append(len(list(csv.DictReader(stream))))
+
+    pathology.extract(tmp_path, tmp_path / "out", SPEC, advance=note)
+    assert n_rows[:2] == [1, 2]
+
+
 def test_the_next_slide_is_read_while_this_one_is_embedded(
     tmp_path: Path, disc: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
