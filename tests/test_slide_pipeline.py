@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
+import os
 import random
 import subprocess
 import sys
@@ -406,6 +408,24 @@ def test_what_becomes_of_each_slide_stands_in_a_table(
             assert (file.attrs["slide_mpp"], file.attrs["slide_mpp_source"]) == (0.5, "stated")
 
 
+def test_the_table_is_there_before_the_last_slide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        write_slide(tmp_path / f"{name}.tif", scene(600))
+    monkeypatch.setattr(
+        "modalities.pathology.slides.load_tile_encoder", lambda *_, **__: Averages()
+    )
+    n_rows: list[int] = []
+
+    def note(_: int) -> None:
+        with (tmp_path / "out" / "outcomes.csv").open(newline="") as stream:
+            n_rows.append(len(list(csv.DictReader(stream))))
+
+    pathology.extract(tmp_path, tmp_path / "out", SPEC, advance=note)
+    assert n_rows[:2] == [1, 2]
+
+
 def test_the_next_slide_is_read_while_this_one_is_embedded(
     tmp_path: Path, disc: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -459,6 +479,53 @@ def test_an_error_of_the_encoder_ends_the_run_and_keeps_the_rows(
     interrupt(disc, tmp_path / "a.h5", 2)
     assert threading.active_count() == before
     assert n_standing(tmp_path / "a.h5.partial") == 8
+
+
+def test_rows_are_kept_where_the_disk_goes_away(
+    tmp_path: Path, disc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(disc, tmp_path / "whole.h5")
+    away = threading.Event()
+    plain = os.pread
+
+    def failing(*arguments: int) -> bytes:
+        if away.is_set():
+            raise OSError(errno.EIO, "the network is away")
+        return plain(*arguments)
+
+    class Losing(Averages):
+        def embed(self, tiles: np.ndarray) -> np.ndarray:
+            away.set()
+            return super().embed(tiles)
+
+    monkeypatch.setattr("modalities.pathology.jpeg_tiff.os.pread", failing)
+    with pytest.raises(DataError) as error:
+        extract(disc, tmp_path / "a.h5", encoder=Losing(batch_tiles=2))
+    assert code_of(error) == "unreadable_slide"
+    monkeypatch.undo()
+    done = n_standing(tmp_path / "a.h5.partial")
+    assert 0 < done < len(column(tmp_path / "whole.h5", "coords"))
+    extract(disc, tmp_path / "a.h5", encoder=Averages(batch_tiles=2))
+    np.testing.assert_array_equal(
+        column(tmp_path / "a.h5", "features"), column(tmp_path / "whole.h5", "features")
+    )
+
+
+def test_a_bag_never_mixes_precisions(tmp_path: Path, disc: Path) -> None:
+    class Changing(Averages):
+        def embed(self, tiles: np.ndarray) -> np.ndarray:
+            features = super().embed(tiles)
+            self.precision = "bf16" if features.sum() else "fp32"
+            return features
+
+    encoder = Changing()
+    extract(disc, tmp_path / "a.h5", encoder=encoder)
+    interrupt(disc, tmp_path / "b.h5", 2)
+    encoder.precision = "fp32"  # as the rows say, but the next batch says otherwise
+    with pytest.raises(DataError) as error:
+        extract(disc, tmp_path / "b.h5", encoder=encoder)
+    assert code_of(error) == "precision"
+    assert not (tmp_path / "b.h5.partial").exists()
 
 
 def test_embeddings_that_are_no_numbers_set_the_slide_aside(tmp_path: Path, disc: Path) -> None:

@@ -27,7 +27,7 @@ from modalities.pathology.bags import (
 from modalities.pathology.partial import PartialBag, open_partial
 from modalities.pathology.planning import Plan, plan_slide
 from modalities.pathology.quality import Quality, is_good, tile_quality
-from modalities.pathology.reader import open_slide, unreadable
+from modalities.pathology.reader import Undecodable, open_slide, unreadable
 from modalities.pathology.reading import tile_reader
 from modalities.pathology.stain import normaliser
 from modalities.pathology.tiles import spread
@@ -286,6 +286,8 @@ class _Reading:
                 yield from self._batches(opened, slide)
             except DataError as error:
                 fault = error
+            except Undecodable:
+                fault = unreadable()
             yield _Ended(job, slide=opened, fault=fault)
 
     def _open(self, job: SlideJob, slide: Slide, digest: str) -> _Opened:
@@ -369,9 +371,13 @@ def _embed(batch: _Batch) -> None:
             "set precision to fp32",
         )
         return
-    slide.partial.append(
-        features, batch.quality, batch.decoded, precision=str(slide.encoder.precision)
-    )
+    precision = str(slide.encoder.precision)
+    if slide.partial.precision not in {None, precision}:  # another thread has just settled it
+        slide.fault = DataError(
+            "precision", "slide: found two precisions in its embeddings, needed one; run it again"
+        )
+        return
+    slide.partial.append(features, batch.quality, batch.decoded, precision=precision)
 
 
 def _tell(watch: Watch | None, slide: _Opened) -> None:
@@ -389,7 +395,7 @@ def _outcome(ended: _Ended, spec: PathologySpec) -> SlideOutcome:
             return _finish(slide, spec)
         except DataError as error:
             fault = error
-    if slide is not None and ended.fault is not None:
+    if slide is not None and ended.fault is not None and slide.partial.n_done:
         slide.partial.close()  # what could not be read now may be readable later
     elif slide is not None:
         slide.partial.remove()

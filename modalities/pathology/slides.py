@@ -16,7 +16,7 @@ from modalities.pathology.reader import SUFFIXES
 from modalities.pathology.scale import MppTable, read_mpp_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from modalities.pathology.encoder import Compiler
@@ -138,16 +138,18 @@ def extract(
     jobs = [_job(path, where[path], manner, tabled.of(path)) for path in to_do]
     devices = found_devices() if manner.devices is None else manner.devices
     found: dict[Path, SlideOutcome] = {}
+    outcomes: list[SlideOutcome] = []
     for job, outcome in extract_over(devices, jobs, spec, load, watch=watch):
         if outcome.outcome != "failed":
             _write_more(where[job.path], manner)
         found[job.path] = outcome
+        # After every slide, so that whoever looks in after days, or a kill, finds how far it is.
+        outcomes = _in_order(slides, repeated, found)
+        _write_outcomes(out / "outcomes.csv", outcomes)
         if advance is not None:
             advance(1)
     if advance is not None:
         advance(len(repeated))
-    outcomes = [_duplicate(path) if i in repeated else found[path] for i, path in enumerate(slides)]
-    _write_outcomes(out / "outcomes.csv", outcomes)
     return outcomes
 
 
@@ -211,6 +213,14 @@ def _repeated_names(slides: Iterable[Path]) -> set[int]:
             repeated.add(i)
         seen.add(name)
     return repeated
+
+
+def _in_order(
+    slides: Sequence[Path], repeated: Collection[int], found: Mapping[Path, SlideOutcome]
+) -> list[SlideOutcome]:
+    """List the outcomes so far in the order of the slides."""
+    ended = [(i, path) for i, path in enumerate(slides) if i in repeated or path in found]
+    return [_duplicate(path) if i in repeated else found[path] for i, path in ended]
 
 
 def _duplicate(path: Path) -> SlideOutcome:
