@@ -30,6 +30,7 @@ from flows.nights import read_night
 from flows.services import prefect_server
 from infra.settings import SITE_FILE, STUDY_FILE, Workspace
 from modalities.cohort import feature_table
+from modalities.pathology import SlideJob, SlideOutcome
 from modalities.pathology.bags import Bag, write_bag
 
 if TYPE_CHECKING:
@@ -83,15 +84,18 @@ def add_patient(root: Path, i: int) -> None:
 def timers(*, slide: float, scan: float, counts: float) -> Iterator[None]:
     """Let extraction wait so many seconds for each slide, scan and file of counts."""
 
-    def extract_slide(path: Path, out: Path, spec: Any, encoder: Any, **about: Any) -> int:
-        del encoder
-        clock.sleep(slide)
-        rng = np.random.default_rng(len(path.name))
-        features = rng.normal(size=(_N_TILES, _N_DIM)).astype(np.float32)
-        made = {"input_digest": about["input_digest"], "spec_fingerprint": spec.fingerprint()}
-        bag = Bag(np.zeros((_N_TILES, 2), dtype=np.int64), features)
-        write_bag(out, bag, coords_attrs={}, file_attrs=made | about["marks"])
-        return _N_TILES
+    def extract_over(
+        devices: Sequence[Any], jobs: Sequence[SlideJob], spec: Any, load: Any
+    ) -> Iterator[tuple[SlideJob, SlideOutcome]]:
+        del devices, load
+        for job in jobs:
+            clock.sleep(slide)
+            rng = np.random.default_rng(len(job.path.name))
+            features = rng.normal(size=(_N_TILES, _N_DIM)).astype(np.float32)
+            made = {"input_digest": job.input_digest, "spec_fingerprint": spec.fingerprint()}
+            bag = Bag(np.zeros((_N_TILES, 2), dtype=np.int64), features)
+            write_bag(job.out_h5, bag, coords_attrs={}, file_attrs={**made, **job.marks})
+            yield job, SlideOutcome(job.name, "done", n_tiles=_N_TILES)
 
     def extract_scans(
         scans: Sequence[ScanRow], spec: Any, *, modality: str
@@ -107,10 +111,12 @@ def timers(*, slide: float, scan: float, counts: float) -> Iterator[None]:
         clock.sleep(counts)
         return _random(spec, patient_ids), []
 
-    with patch.multiple(
-        "flows.extraction", extract_slide=extract_slide, extract_scans=extract_scans,
-        extract_counts=extract_counts, _tile_encoder=lambda _: None,
-    ):  # fmt: skip
+    with (
+        patch("flows.embedding.extract_over", extract_over),
+        patch.multiple(
+            "flows.extraction", extract_scans=extract_scans, extract_counts=extract_counts
+        ),
+    ):
         yield
 
 
