@@ -455,7 +455,7 @@ def test_a_night_of_timers_costs_what_is_new(
     def connect(_: object, root: Path) -> None:
         monkeypatch.setenv("CONSILIUM_ROOT", str(root))
 
-    def night(root: Path) -> tuple[float, int]:
+    def night(root: Path) -> Any:
         before = len(extracted)
         with module.timers(slide=0.0, scan=0.0, counts=0.0):
             batch = extraction.extract_batch
@@ -465,7 +465,7 @@ def test_a_night_of_timers_costs_what_is_new(
                     lambda one, *more: extracted.append(one) or batch(one, *more),
                 )
                 module.by_loop(root)
-        return 9.0, sum(len(one.rows) for one in extracted[before:])
+        return module.Timed(9.0, 3.0, sum(len(one.rows) for one in extracted[before:]))
 
     monkeypatch.setattr(module, "prefect_server", lambda _: nullcontext(SimpleNamespace(
         wait_ready=lambda: None
@@ -481,6 +481,7 @@ def test_a_night_of_timers_costs_what_is_new(
     assert found["unchanged_s"] == found["one_new_patient_s"] == 9.0
     assert found["one_new_patient_ratio"] == 0.0
     assert found["timers_alone_s"] == 0.007
+    assert found["cpu_s"] == {"unchanged": 3.0, "one_new_patient": 3.0}
     assert found["extracted"] == {"unchanged": [0], "one_new_patient": [9]}
 
 
@@ -496,6 +497,7 @@ def test_nights_are_timed_on_a_server_and_in_processes_of_their_own() -> None:
     assert (found["benchmark"], found["patients"]) == ("orchestration", 4)
     # A slide, a scan, and the file of counts with all five.
     assert found["extracted"] == {"unchanged": [0], "one_new_patient": [7]}
+    assert min(found["cpu_s"].values()) > 0
     raw = found["raw"]
     assert set(raw) == {
         "cold_flow_s", "by_flow_s", "by_loop_s", "unchanged_s", "one_new_patient_s",
