@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import h5py
@@ -20,6 +21,11 @@ SIDE_PX = 1000
 
 def scene(side_px: int = SIDE_PX) -> np.ndarray:
     """A disc of tissue on glass, the same picture at every size."""
+    return _scene(side_px).copy()
+
+
+@lru_cache(maxsize=8)
+def _scene(side_px: int) -> np.ndarray:
     rng = np.random.default_rng(7)
     coarse = rng.normal((190, 110, 165), 25, (50, 50, 3)).clip(0, 255).astype(np.uint8)
     picture = np.array(Image.fromarray(coarse).resize((side_px, side_px), Image.Resampling.BICUBIC))

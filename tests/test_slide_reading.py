@@ -332,14 +332,14 @@ def test_a_flipped_byte_is_seen(tmp_path: Path, cmu: Path) -> None:
 
 
 def test_a_damaged_overview_is_read_from_a_finer_level(tmp_path: Path) -> None:
-    whole = write_slide(tmp_path / "whole.tif", scene(4000), levels=5)
+    whole = write_slide(tmp_path / "whole.tif", scene(2000), levels=5)
     broken = tmp_path / "broken.tif"
     broken.write_bytes(whole.read_bytes())
     with_hole(broken, 0, page=4)
     with reader.open_slide(whole) as one, reader.open_slide(broken) as two:
         expected, found = (overview.thumbnail(x, 16.0) for x in (one, two))
     assert not found.unread.any()
-    assert np.abs(found.rgb.astype(int) - expected.rgb).mean() < 4
+    assert np.abs(found.rgb.astype(int) - expected.rgb).mean() < 8  # levels are not means
 
 
 def test_what_is_damaged_at_every_level_is_left_unread(tmp_path: Path) -> None:
@@ -358,8 +358,7 @@ def test_what_is_damaged_at_every_level_is_left_unread(tmp_path: Path) -> None:
 def test_an_overview_of_a_flat_slide_is_what_openslide_shows_in_small(
     tmp_path: Path, options: dict[str, object], downsample: float
 ) -> None:
-    picture = scene(2500)
-    path = write_slide(tmp_path / "s.tif", picture, **options)
+    path = write_slide(tmp_path / "s.tif", scene(1100), **{"tile": (128, 128), **options})
     with reader.open_slide(path) as slide:
         direct = overview.scaled_overview(slide, 0, int(downsample))
         found = overview.thumbnail(slide, downsample)
@@ -374,20 +373,20 @@ def test_an_overview_of_a_flat_slide_is_what_openslide_shows_in_small(
 
 
 def test_damage_of_a_flat_slide_is_seen_in_small(tmp_path: Path) -> None:
-    path = with_hole(write_slide(tmp_path / "s.tif", scene(2500)), 25)
+    path = with_hole(write_slide(tmp_path / "s.tif", scene(1100), tile=(128, 128)), 25)
     with reader.open_slide(path) as slide:
         assert overview.scaled_overview(slide, 0, 16) is not None
         found = overview.thumbnail(slide, 16.0)
         slide.__dict__["index"] = None
         expected = overview.thumbnail(slide, 16.0)
-    assert found.unread.sum() == 16 * 16
+    assert found.unread.sum() == 8 * 8
     np.testing.assert_array_equal(found.unread, expected.unread)
 
 
 def test_an_overview_in_small_that_shows_something_else_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_slide(tmp_path / "s.tif", scene(2500))
+    path = write_slide(tmp_path / "s.tif", scene(1100), tile=(128, 128))
     plain = overview._SmallTiles._tile
 
     def redder(self: object, i: int) -> np.ndarray | None:
