@@ -161,7 +161,7 @@ def test_nothing_is_done_twice(finished: tuple[Path, dict[str, Any]]) -> None:
     assert again["model_version"] == first["model_version"]
     assert again["coefficients"] == first["coefficients"]
     changed = {f.name for f in after if before.get(f) != after[f]}
-    assert changed <= {"digests.json"}
+    assert changed <= {"digests.json", "rows.json"}  # what was seen in this night, too
 
 
 def test_a_fresh_process_predicts_from_the_registry(
