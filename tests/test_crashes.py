@@ -55,9 +55,9 @@ def note(what, batch):
 def instead(module):
     real = module.extract_batch
 
-    def extract_batch(batch, spec, features):
+    def extract_batch(batch, spec, features, **means):
         note("begin", batch)
-        faults = real(batch, spec, features)
+        faults = real(batch, spec, features, **means)
         note("end", batch)
         return faults
 
