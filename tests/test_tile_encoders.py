@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -323,6 +325,28 @@ def test_weights_on_request_are_asked_for_in_one_sentence(
     assert "MahmoodLab/UNI (CC-BY-NC-ND-4.0, on request from its owner)" in text
     assert "pytorch_model.bin" in text
     assert "://" not in text
+
+
+@pytest.mark.parametrize("name", ["uni_v1", "timm:resnet18"])
+def test_without_a_network_weights_are_asked_for_at_once_and_in_nothing_but_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+) -> None:
+    def unknown(*_: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr("modalities.pathology.weights.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(pathology.MissingWeights, match="found no"):
+        pathology.load_tile_encoder(PathologySpec(encoder=name))
+    assert capfd.readouterr() == ("", "")
+    assert not [x for x in caplog.records if "huggingface" in x.name]
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

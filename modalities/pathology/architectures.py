@@ -14,6 +14,7 @@ from modalities.pathology.encoder import MissingWeights
 from modalities.pathology.encoder_names import known_encoder
 from modalities.pathology.spec import DEFAULT_ENCODER
 from modalities.pathology.weights import (
+    asking_the_hub,
     check_digest,
     default_tensors,
     find_weights,
@@ -168,7 +169,8 @@ def default_model() -> nn.Module:
 
 def _fetched_model(name: str) -> nn.Module:
     try:
-        model: nn.Module = timm.create_model(name, pretrained=True, num_classes=0)
+        with asking_the_hub():
+            model: nn.Module = timm.create_model(name, pretrained=True, num_classes=0)
     except (OSError, RuntimeError, ValueError):
         # The cause names hosts and cache folders.
         raise MissingWeights(

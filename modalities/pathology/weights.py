@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import math
 import re
+import socket
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from timm.models import load_state_dict
@@ -17,7 +22,7 @@ from modalities.pathology.encoder import MissingWeights, WrongWeights
 from modalities.pathology.spec import DEFAULT_ENCODER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from modalities.pathology.encoder_names import KnownEncoder
 
@@ -87,7 +92,8 @@ def find_weights(known: KnownEncoder) -> Path:
             return Path(found)
     for name in known.files:
         try:
-            return Path(hf_hub_download(known.repository, name))
+            with asking_the_hub():
+                return Path(hf_hub_download(known.repository, name))
         except (OSError, RuntimeError, ValueError):
             continue
     raise MissingWeights(
@@ -96,6 +102,34 @@ def find_weights(known: KnownEncoder) -> Path:
         f"and name it with --weights, put it into the local model cache, or choose "
         f"{DEFAULT_ENCODER!r}, whose weights are installed"
     )
+
+
+@contextmanager
+def asking_the_hub() -> Iterator[None]:
+    """Let the hub's client ask for files, without its log, which names hosts.
+
+    Where no way leads to the hub, only what is on this machine is looked at: the client would
+    otherwise try again for most of a minute.
+    """
+    from huggingface_hub import constants
+
+    log = logging.getLogger("huggingface_hub")
+    level, offline = log.level, constants.HF_HUB_OFFLINE
+    log.setLevel(logging.CRITICAL)
+    constants.HF_HUB_OFFLINE = offline or not _is_known(urlsplit(constants.ENDPOINT).hostname)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        constants.HF_HUB_OFFLINE = offline
+
+
+def _is_known(host: str | None) -> bool:
+    """Whether a host's name leads somewhere, from here or from a proxy that would know."""
+    try:
+        return bool(getproxies() or socket.getaddrinfo(host, 443))
+    except OSError:
+        return False
 
 
 def check_digest(path: Path, expected: str | None) -> None:
