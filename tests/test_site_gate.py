@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,14 +64,20 @@ class Site:
     settings: SiteSettings
     study: StudyProtocol
     consortium: Consortium
+    opened: list[SiteStudy] = field(default_factory=list)
 
     def part(self, study: StudyProtocol | None = None) -> SitePart:
         return SitePart(self.settings, study or self.study, self.consortium)
 
     def gate(self, part: SitePart | None = None) -> Callable[[m.Message], m.Message]:
         part = part or self.part()
+
+        def open_study(run: str) -> SiteStudy:
+            self.opened.append(part.open_study(run))
+            return self.opened[-1]
+
         gate = SiteGate(
-            permits=part.permits, cohort=part.cohort, open_study=part.open_study, on_error=note
+            permits=part.permits, cohort=part.cohort, open_study=open_study, on_error=note
         )
         return lambda request: m.decode(gate.answer(m.encode(request)))
 
@@ -266,6 +271,7 @@ def test_a_withdrawal_names_the_runs_that_its_gate_let_in(site: Site) -> None:
         ask = site.gate()
         ask(site.introduction("site-02"))
         assert isinstance(ask(site.describe(run)), m.Description)
+        _close(site.opened.pop())
     assert withdraw(site.settings, patients(160, 1).index[7]).runs == (RUN, "2" * 64)
 
 
@@ -300,11 +306,12 @@ def test_a_restarted_site_remembers_what_it_told(site: Site) -> None:
 
 def noisy_release(site: Site, run: str) -> bytes:
     """What leaves a site in a run that it takes part in, as a process of its own would answer."""
-    gc.collect()  # the part before lets go of its files, as a process that ends does
     ask = site.gate()
     assert isinstance(ask(site.introduction("site-02")), m.Introduced)
     assert isinstance(ask(site.describe(run)), m.Description)
-    return m.encode(ask(m.AskPrivateSteps(run, 1, OPENING, (PROTOCOL,), np.zeros((1, 4)))))
+    reply = ask(m.AskPrivateSteps(run, 1, OPENING, (PROTOCOL,), np.zeros((1, 4))))
+    _close(site.opened.pop())  # it lets go of its files, as a process that ends does
+    return m.encode(reply)
 
 
 def noisy_releases(site: Site) -> list[bytes]:
