@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flows.embedding import means_of
 from flows.extraction import one_input_each, read_file
 from modalities.clinical import ClinicalSpec, read_registry
 from modalities.cohort import DataError, Exclusion, ManifestRow, read_manifest
-from modalities.pathology import PathologySpec, check_features, check_slide, is_features
+from modalities.pathology import (
+    MissingWeights,
+    PathologySpec,
+    UnknownEncoder,
+    WrongWeights,
+    check_encoder,
+    check_features,
+    check_slide,
+    is_features,
+)
 from modalities.radiology import RadiologySpec, check_scan
 
 if TYPE_CHECKING:
@@ -16,6 +26,12 @@ if TYPE_CHECKING:
 
     from flows.protocol import ModalitySpec, StudyProtocol
     from infra.settings import SiteSettings
+
+_OF_ENCODERS = {
+    UnknownEncoder: "unknown_encoder",
+    MissingWeights: "missing_weights",
+    WrongWeights: "wrong_weights",
+}
 
 
 def check_site(
@@ -34,7 +50,8 @@ def check_site(
     Returns
     -------
     list
-        What would be set aside, and why; empty if all is well.
+        What would be set aside, and why; empty if all is well. What keeps all slides from being
+        embedded is there once, without a patient.
 
     Raises
     ------
@@ -52,6 +69,8 @@ def check_site(
     for name in names:
         spec, mine = protocol.modality[name], [row for row in rows if row.modality == name]
         mine = one_input_each(mine, spec, name, faults)
+        if isinstance(spec, PathologySpec):
+            faults += _check_encoder(name, spec, mine, settings)
         faults += _check_modality(name, spec, mine, advance)
     return faults + without_registry(rows, known, protocol.clinical)
 
@@ -82,6 +101,18 @@ def _check_modality(
         if advance is not None:
             advance(1)
     return faults
+
+
+def _check_encoder(
+    name: str, spec: PathologySpec, rows: list[ManifestRow], settings: SiteSettings
+) -> list[Exclusion]:
+    if all(is_features(row.path) for row in rows):
+        return []  # nothing is to be embedded
+    try:
+        check_encoder(spec, weights=means_of(settings, name, spec).weights)
+    except tuple(_OF_ENCODERS) as fault:
+        return [Exclusion("", name, _OF_ENCODERS[type(fault)], str(fault))]
+    return []
 
 
 def _check_row(row: ManifestRow, spec: PathologySpec | RadiologySpec) -> None:

@@ -193,5 +193,8 @@ def site_train(
 
 def _print_faults(faults: Sequence[Exclusion], *, n_inputs: int) -> None:
     for fault in faults:
-        say(f"{fault.patient_id}  {fault.modality}  {fault.code}: {fault.reason}")
-    say(f"{n_inputs} inputs, {len(faults)} would be set aside")
+        whose = f"{fault.patient_id}  " if fault.patient_id else ""
+        say(f"{whose}{fault.modality}  {fault.code}: {fault.reason}")
+    of_all = sum(not fault.patient_id for fault in faults)
+    rest = f", and {of_all} fault(s) not of one input" if of_all else ""
+    say(f"{n_inputs} inputs, {len(faults) - of_all} would be set aside{rest}")

@@ -16,9 +16,11 @@ from flows.check import check_site, without_registry
 from flows.demo import demo_protocol, write_consortium
 from flows.extraction import Ledger, collect, extract_batch, plan_modality
 from flows.protocol import read_protocol
+from flows.site_cli import _print_faults
 from infra.settings import Workspace
 from modalities.clinical import read_registry
 from modalities.cohort import DataError, ManifestRow, assemble, read_manifest
+from modalities.pathology import MissingWeights, load_tile_encoder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -205,6 +207,44 @@ def test_a_scan_too_many_is_told_before_extraction(
     with site.path(site.manifest).open("a") as manifest:
         manifest.write(f"{first.patient_id},radiology,{second.path},{second.mask_path},GTV\n")
     assert codes(check_site(site, protocol)) == {first.patient_id: "several_inputs"}
+
+
+def test_weights_that_are_not_here_are_told_once(
+    site: SiteSettings,
+    protocol: StudyProtocol,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    asked = protocol.modality["pathology"]
+    spec = asked.model_copy(update={"encoder": "uni_v1", "pretrained": True})
+    other = protocol.model_copy(update={"modality": {**protocol.modality, "pathology": spec}})
+    slides = rows_of(site, "pathology")
+    (fault,) = check_site(site, other)
+    assert (fault.patient_id, fault.modality, fault.code) == ("", "pathology", "missing_weights")
+    with pytest.raises(MissingWeights) as error:
+        load_tile_encoder(spec)
+    assert fault.reason == str(error.value)
+    _print_faults([fault], n_inputs=len(slides))
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"pathology  missing_weights: {fault.reason}"
+    assert told[1].endswith(" inputs, 0 would be set aside, and 1 fault(s) not of one input")
+
+    unpinned = site.model_copy(update={"weights": {"pathology": tmp_path / "mine.bin"}})
+    assert codes(check_site(unpinned, other)) == {"": "wrong_weights"}
+
+    # Of features alone nothing is embedded.
+    bag = tmp_path / "features_uni_v1" / "a.h5"
+    bag.parent.mkdir()
+    with h5py.File(bag, "w") as file:
+        file["coords"], file["features"] = np.zeros((3, 2), int), np.ones((3, 1024), np.float32)
+    manifest = site.path(site.manifest)
+    rows = [x for x in manifest.read_text().splitlines() if ",pathology," not in x]
+    lines = [f"{x.patient_id},pathology,{bag},," for x in slides]
+    manifest.write_text("\n".join([*rows, *lines]) + "\n")
+    assert check_site(site, other) == []
 
 
 def test_a_file_for_all_that_is_damaged_sets_aside_everyone(

@@ -16,7 +16,7 @@ from skimage import data as pictures
 
 from modalities import pathology
 from modalities.files import digest_path
-from modalities.pathology import PathologySpec, architectures, network, weights
+from modalities.pathology import PathologySpec, architectures, network, sources, weights
 from modalities.pathology.encoder_names import KNOWN_ENCODERS, canonical_name, known_encoder
 from modalities.pathology.folding import folded
 
@@ -130,7 +130,7 @@ def test_the_default_weights_know_a_cat(default: TileEncoder) -> None:
     assert default.preprocessing.mean == default.preprocessing.std == (0.5, 0.5, 0.5)
     cat = Image.fromarray(pictures.chelsea()).crop((80, 0, 380, 300)).resize((224, 224))
     embedding = torch.from_numpy(default.embed(np.asarray(cat)[None]))
-    state = torch.load(weights.packaged_weights(), map_location="cpu", weights_only=True)
+    state = torch.load(sources.packaged_weights(), map_location="cpu", weights_only=True)
     scores = embedding @ state["_fc.weight"].T + state["_fc.bias"]
     assert 281 <= int(scores.argmax()) <= 285
 
@@ -339,7 +339,7 @@ def test_without_a_network_weights_are_asked_for_at_once_and_in_nothing_but_a_se
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    monkeypatch.setattr("modalities.pathology.weights.getproxies", dict)
+    monkeypatch.setattr("modalities.pathology.sources.getproxies", dict)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(pathology.MissingWeights, match="found no"):
@@ -347,6 +347,54 @@ def test_without_a_network_weights_are_asked_for_at_once_and_in_nothing_but_a_se
     assert capfd.readouterr() == ("", "")
     assert not [x for x in caplog.records if "huggingface" in x.name]
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"encoder": "uni_v1"},
+        {"encoder": "timm:resnet18"},
+        {"encoder": "resnet18.no_such_weights"},
+        {"encoder": "timm:test_efficientnet_evos"},
+        {"encoder": "hf-hub:owner/name"},
+        {"encoder": "conch_v15"},
+        {"weights_sha256": "0" * 64},
+    ],
+    ids=lambda values: str(next(iter(values.values())))[:24],
+)
+def test_a_check_says_what_loading_would_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    spec, told = PathologySpec(**values), []
+    for look in (pathology.check_encoder, pathology.load_tile_encoder):
+        with pytest.raises((pathology.MissingWeights, pathology.UnknownEncoder)) as error:
+            look(spec)
+        told.append((error.type, str(error.value)))
+    assert told[0] == told[1]
+
+
+def test_a_check_takes_what_is_here_without_reading_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for folder, name in (
+        ("models--MahmoodLab--UNI", "pytorch_model.bin"),
+        ("models--timm--resnet18.a1_in1k", "model.safetensors"),
+    ):
+        (tmp_path / folder / "refs").mkdir(parents=True)
+        (tmp_path / folder / "refs" / "main").write_text("0" * 40)
+        file = tmp_path / folder / "snapshots" / ("0" * 40) / name
+        file.parent.mkdir(parents=True)
+        file.write_text("no tensors")
+    for encoder in ("uni_v1", "timm:resnet18", "hf-hub:timm/resnet18.a1_in1k"):
+        pathology.check_encoder(PathologySpec(encoder=encoder))
+    pathology.check_encoder(PathologySpec())
+    pathology.check_encoder(PathologySpec(encoder="virchow", pretrained=False))
+    with pytest.raises(pathology.WrongWeights, match="SHA-256 is not 000000000000"):
+        pathology.check_encoder(PathologySpec(encoder="uni_v1", weights_sha256="0" * 64))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -14,6 +14,7 @@ from modalities.pathology.encoder import (
     MissingWeights,
     UnknownEncoder,
     WrongWeights,
+    check_encoder,
     check_encoder_name,
     load_tile_encoder,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "TileCount",
     "UnknownEncoder",
     "WrongWeights",
+    "check_encoder",
     "check_encoder_name",
     "check_features",
     "check_slide",

