@@ -7,6 +7,7 @@ it unasked.
 from __future__ import annotations
 
 import importlib.util
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -65,6 +66,9 @@ def eager(model: Any, device: torch.device) -> Run:
 
 
 def _openvino(model: torch.nn.Module, size_px: int) -> Run:
+    # Where it finds this package, OpenVINO tells its maker of each use, and of errors with their
+    # stacks, without asking.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     import openvino
 
     example = torch.zeros(2, 3, size_px, size_px)
