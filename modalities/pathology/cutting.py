@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from modalities.pathology.reader import SlideInfo
 
 
+# Of a level, in all tiles that are cut from it at once.
+_MOST_PIXELS = 1 << 24
 # As many as a processor's cache holds.
 _AT_ONCE = 4
 
@@ -73,16 +75,24 @@ class Cut:
     ----------
     side_px
         Side of a tile in pixels of the level.
+    last
+        Furthest corner (x, y) of a tile that is wholly inside the level.
     """
 
     level: int
     downsample: float
     side_px: int
     tile_px: int
+    last: tuple[int, int]
 
     def corners(self, xy: NDArray[np.int64]) -> NDArray[np.int64]:
         """(n, 2) upper left corners in pixels of the level, of corners at level 0."""
-        return np.rint(xy / self.downsample).astype(np.int64)
+        # Corner and side are rounded each; beyond the level there is nothing to be seen.
+        return np.minimum(np.rint(xy / self.downsample).astype(np.int64), self.last)
+
+    def at_once(self, most: int) -> int:
+        """Limit how many tiles are in the works at once, for the sake of memory."""
+        return max(1, min(most, _MOST_PIXELS // self.side_px**2))
 
 
 def cut(info: SlideInfo, *, tile_px: int, mpp: float) -> Cut:
@@ -93,7 +103,9 @@ def cut(info: SlideInfo, *, tile_px: int, mpp: float) -> Cut:
     """
     field_px = side_at_level_0(tile_px, mpp, info.mpp)
     level, downsample = info.level_for(field_px / tile_px)
-    return Cut(level, downsample, max(1, round(field_px / downsample)), tile_px)
+    side_px = max(1, round(field_px / downsample))
+    width, height = (max(n - side_px, 0) for n in info.levels[level].size_px)
+    return Cut(level, downsample, side_px, tile_px, (width, height))
 
 
 def side_at_level_0(tile_px: int, mpp: float, slide_mpp: float) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 
 from modalities.pathology.cutting import Tiles, cut, resampled
-from modalities.pathology.reader import Undecodable
+from modalities.pathology.reader import Undecodable, open_bytes, read_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,6 +32,7 @@ _CHUNK_TILES = 32
 _AT_ONCE = 4
 _MOST_BYTES = 1 << 28
 _HEAVIEST = 4
+_MOST_SAMPLED_PX = 1024
 # OpenSlide blends neighbours where a pixel of a level starts between two of level 0; its weights
 # have seven bits.
 _BLEND_ERROR = 4
@@ -57,7 +58,7 @@ class StoredReader:
         self._stored = stored
         self._workers = workers
         self._all_scanned = bool(stored.counts.all())
-        self._file = os.open(slide.path, os.O_RDONLY)
+        self._file = open_bytes(slide.path)
         self._kept: dict[int, Pixels | None] = {}
         # Buffers that are done with are decoded into again: new ones from many threads would leave
         # the memory in pieces.
@@ -112,7 +113,7 @@ class StoredReader:
         past = [i for i in self._kept if last_use is None or last_use[i] < self._n_read]
         width, height = self._stored.tile_px
         # The oldest go where a row of a very wide slide is too much; they are decoded again.
-        past += list(self._kept)[: -(_MOST_BYTES // (width * height * 3))]
+        past += list(self._kept)[: -max(1, _MOST_BYTES // (width * height * 3))]
         for i in past:
             pixels = self._kept.pop(i, None)
             if pixels is not None:
@@ -140,11 +141,7 @@ class StoredReader:
         return touched if whole else []
 
     def _decoded(self, i: int) -> Pixels | None:
-        n_bytes, at = int(self._stored.counts[i]), int(self._stored.offsets[i])
-        try:
-            stream = os.pread(self._file, n_bytes, at)
-        except OSError:  # a disk that is not there at the moment is no damage
-            raise Undecodable("slide: found bytes that cannot be read") from None
+        stream = read_bytes(self._file, int(self._stored.counts[i]), int(self._stored.offsets[i]))
         width, height = self._stored.tile_px
         try:
             buffer = self._spare.pop()
@@ -195,8 +192,9 @@ class JpegTiffReader:
         how = cut(self.info, tile_px=tile_px, mpp=mpp)
         pixels = np.empty((len(xy), tile_px, tile_px, 3), dtype=np.uint8)
         decoded = np.empty(len(xy), dtype=bool)
-        for at in range(0, len(xy), _CHUNK_TILES):
-            part = slice(at, at + _CHUNK_TILES)
+        chunk = how.at_once(_CHUNK_TILES)
+        for at in range(0, len(xy), chunk):
+            part = slice(at, at + chunk)
             self._read(how.corners(xy[part]), how, Tiles(pixels[part], decoded[part]))
         return Tiles(pixels, decoded)
 
@@ -205,10 +203,10 @@ class JpegTiffReader:
         self._stored.close()
 
     def _read(self, corners: NDArray[np.int64], how: Cut, into: Tiles) -> None:
-        side = how.side_px
+        side, few = how.side_px, how.at_once(_AT_ONCE)
 
         def some(at: int) -> None:
-            part = slice(at, at + _AT_ONCE)
+            part = slice(at, at + few)
             pixels, decoded = into.pixels[part], into.decoded[part]
             same = side == how.tile_px
             fields = pixels if same else np.empty((len(pixels), side, side, 3), dtype=np.uint8)
@@ -218,7 +216,7 @@ class JpegTiffReader:
                 pixels[:] = resampled(fields, how.tile_px)
 
         self._stored.prepare(corners, (side, side))
-        self._workers.map(some, range(0, len(corners), _AT_ONCE))
+        self._workers.map(some, range(0, len(corners), few))
         self._stored.forget(len(corners))
 
 
@@ -268,8 +266,9 @@ def sample_boxes(stored: StoredTiles) -> list[Box]:
         *((i % columns, i // columns) for i in heaviest),
     }
     width, height = stored.tile_px
-    boxes = [(column * width, row * height, width, height) for column, row in sorted(tiles)]
-    boxes.append((middle[0] * width - width // 2, middle[1] * height - height // 2, width, height))
+    w, h = min(width, _MOST_SAMPLED_PX), min(height, _MOST_SAMPLED_PX)
+    boxes = [(column * width, row * height, w, h) for column, row in sorted(tiles)]
+    boxes.append((middle[0] * width - w // 2, middle[1] * height - h // 2, w, h))
     return [_inside(box, stored.size_px) for box in boxes]
 
 

@@ -44,7 +44,7 @@ class OpenSlideReader:
         """Read tiles; see ``TileReader``."""
         how = cut(self.info, tile_px=tile_px, mpp=mpp)
         corners = how.corners(xy)
-        strips = list(_strips(corners, 2 * how.side_px))
+        strips = list(_strips(corners, 2 * how.side_px, how.at_once(_STRIP_TILES)))
         read = self._workers.map(lambda part: self._read(corners[part], how), strips)
         if not read:
             return Tiles(np.empty((0, tile_px, tile_px, 3), np.uint8), np.empty(0, bool))
@@ -76,12 +76,12 @@ class OpenSlideReader:
         return Tiles(resampled(fields, how.tile_px), decoded)
 
 
-def _strips(corners: NDArray[np.int64], gap_px: int) -> Iterator[slice]:
+def _strips(corners: NDArray[np.int64], gap_px: int, most: int) -> Iterator[slice]:
     """Yield runs of tiles of one row from left to right, without wide gaps and not too long."""
     begin = 0
     for i in range(1, len(corners)):
         step_x, step_y = corners[i] - corners[i - 1]
-        if step_y != 0 or not 0 <= step_x <= gap_px or i - begin == _STRIP_TILES:
+        if step_y != 0 or not 0 <= step_x <= gap_px or i - begin == most:
             yield slice(begin, i)
             begin = i
     if len(corners):

@@ -12,7 +12,7 @@ import simplejpeg
 from PIL import Image
 
 from modalities.pathology.jpeg_tiff import sample_boxes, stored_tiles
-from modalities.pathology.reader import Undecodable
+from modalities.pathology.reader import Undecodable, open_bytes, read_bytes
 from modalities.pathology.workers import Workers
 
 if TYPE_CHECKING:
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     Missing = NDArray[np.bool_]
 
 _BAND_PX = 1 << 20
-# Scales at which a JPEG decodes faster than in full, and from how many tiles on that matters.
+# Scales at which a JPEG decodes faster than in full, and from how many tiles or pixels on that
+# matters.
 _SCALES = (8, 4, 2)
 _FEWEST_STORED = 64
+_FEWEST_PIXELS = 1 << 22
 # A mean over pixels before and after rounding, and before and after clipping, differ a little.
 _MEAN_ERROR = 3.0
 
@@ -84,10 +86,12 @@ def scaled_overview(slide: Slide, level: int, factor: int) -> Overview | None:
     scales = [x for x in _SCALES if factor % x == 0]
     if stored is None or not scales or not stored.counts.all():
         return None
-    scale, n_stored = scales[0], len(stored.counts)
-    if n_stored < _FEWEST_STORED or any(side % scale for side in stored.tile_px):
+    scale, is_small = scales[0], len(stored.counts) < _FEWEST_STORED
+    if is_small and math.prod(stored.size_px) < _FEWEST_PIXELS:
         return None
-    file, workers = os.open(slide.path, os.O_RDONLY), Workers()
+    if any(side % scale for side in stored.tile_px):
+        return None
+    file, workers = open_bytes(slide.path), Workers()
     try:
         small = _SmallTiles(file, stored, scale)
         if not small.show_the_same(slide, level):
@@ -165,7 +169,7 @@ class _SmallTiles:
 
     def _tile(self, i: int) -> Pixels | None:
         stored = self._stored
-        stream = os.pread(self._file, int(stored.counts[i]), int(stored.offsets[i]))
+        stream = read_bytes(self._file, int(stored.counts[i]), int(stored.offsets[i]))
         try:
             tile: Pixels = simplejpeg.decode_jpeg(
                 stored.header + stream[2:],

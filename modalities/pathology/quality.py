@@ -50,9 +50,8 @@ def tile_quality(tiles: Tiles, decoded: NDArray[np.bool_]) -> Quality:
     step = max(1, tiles.shape[1] // _SAMPLES)
     sampled = tiles[:, step // 2 :: step, step // 2 :: step].astype(np.int16)
     red, green, blue = (sampled[..., i] for i in range(3))
-    brightest = np.maximum(np.maximum(red, green), blue)
     darkest = np.minimum(np.minimum(red, green), blue)
-    ink = (green - red >= _INK_GREEN_OVER_RED) | (brightest <= _BLACKEST)
+    ink = is_ink(sampled)
     variance = _laplacian_variance(tiles, step)
     shares = (
         _HALF_BLURRED / (_HALF_BLURRED + variance),
@@ -60,6 +59,13 @@ def tile_quality(tiles: Tiles, decoded: NDArray[np.bool_]) -> Quality:
         (darkest >= _WHITE).mean(axis=(1, 2), dtype=np.float32),
     )
     return Quality(*(np.where(decoded, x, np.nan).astype(np.float32) for x in shares))
+
+
+def is_ink(rgb: NDArray[np.int16]) -> NDArray[np.bool_]:
+    """(...) whether pixels (..., 3) are of the colour of a blue, green or black pen."""
+    red, green, blue = (rgb[..., i] for i in range(3))
+    brightest = np.maximum(np.maximum(red, green), blue)
+    return np.asarray((green - red >= _INK_GREEN_OVER_RED) | (brightest <= _BLACKEST))
 
 
 def is_good(quality: Quality, decoded: NDArray[np.bool_], spec: PathologySpec) -> NDArray[np.bool_]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import openslide
@@ -25,8 +27,14 @@ SUFFIXES = frozenset(
 )
 
 _LEVEL_TOLERANCE = 1.01
+# Of its own pixels, by which a level may end before or after level 0.
+_LEVEL_OFF_PX = 2.0
 _CACHE_BYTES = 1 << 25
 _USUAL_STORED_PX = 256
+_BOUNDS = (
+    openslide.PROPERTY_NAME_BOUNDS_X, openslide.PROPERTY_NAME_BOUNDS_Y,
+    openslide.PROPERTY_NAME_BOUNDS_WIDTH, openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
+)  # fmt: skip
 
 
 class Undecodable(OSError):
@@ -112,6 +120,17 @@ class Slide:
     def size_px(self) -> tuple[int, int]:
         """(width, height) at level 0."""
         return self.info.size_px
+
+    @property
+    def shown_from(self) -> tuple[int, int]:
+        """Where at level 0 the part begins that viewers show: they crop to a scanner's bounds."""
+        try:
+            x, y, width, height = (int(self.properties[name]) for name in _BOUNDS)
+        except (KeyError, ValueError):
+            return 0, 0
+        # One side alone is left as it is, which is how QuPath counts.
+        is_cropped = width != self.size_px[0] and height != self.size_px[1]
+        return (x, y) if is_cropped else (0, 0)
 
     @cached_property
     def index(self) -> TiffIndex | None:
@@ -232,7 +251,8 @@ def check_whole(slide: Slide) -> None:
         ``unreadable_slide``.
     """
     if slide.index is not None:
-        if slide.index.n_bytes_needed > slide.path.stat().st_size:
+        n_bytes = slide.path.stat().st_size
+        if not slide.index.is_complete or slide.index.n_bytes_needed > n_bytes:
             raise unreadable()
         return
     try:
@@ -241,6 +261,34 @@ def check_whole(slide: Slide) -> None:
             slide.region(number, (level.size_px[0] - side, level.size_px[1] - side), (side, side))
     except Undecodable:
         raise unreadable() from None
+
+
+def open_bytes(path: Path) -> int:
+    """Open a slide for ``read_bytes``; the caller closes it.
+
+    Raises
+    ------
+    Undecodable
+        If it is no longer there.
+    """
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError:
+        raise Undecodable("slide: found a file that no longer opens") from None
+
+
+def read_bytes(file: int, n_bytes: int, at: int) -> bytes:
+    """Read bytes of a slide; fewer where it ends before.
+
+    Raises
+    ------
+    Undecodable
+        If its disk does not give them: one that is away for a moment is no damage.
+    """
+    try:
+        return os.pread(file, n_bytes, at)
+    except OSError:
+        raise Undecodable("slide: found bytes that cannot be read") from None
 
 
 def unreadable() -> DataError:
@@ -253,8 +301,17 @@ def unreadable() -> DataError:
 
 
 def _levels(handle: openslide.OpenSlide) -> tuple[Level, ...]:
+    """Levels up to the first that does not show what level 0 shows."""
     sizes = zip(handle.level_dimensions, handle.level_downsamples, strict=True)
-    return tuple(Level((size[0], size[1]), float(down)) for size, down in sizes)
+    levels = [Level((size[0], size[1]), float(down)) for size, down in sizes]
+    return tuple(takewhile(lambda level: _covers(level, levels[0].size_px), levels))
+
+
+def _covers(level: Level, size_px: tuple[int, int]) -> bool:
+    # OpenSlide takes the mean of both axes for the downsample. In a level that is filled up to
+    # whole tiles, or cropped, it is neither, and what is read is not what stands there.
+    ends = zip(level.size_px, size_px, strict=True)
+    return all(abs(end - whole / level.downsample) <= _LEVEL_OFF_PX for end, whole in ends)
 
 
 def _unsupported(path: Path) -> DataError:

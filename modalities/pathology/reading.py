@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from modalities.pathology.cutting import cut
@@ -55,7 +55,9 @@ def _direct_reader(
     if stored is None:
         return None
     reader = StoredReader(slide, level, stored, workers)
-    if proves_itself(slide, level, reader, stored):
-        return JpegTiffReader(slide, reader, workers)
-    reader.close()
-    return None
+    with ExitStack() as stack:
+        stack.callback(reader.close)
+        if not proves_itself(slide, level, reader, stored):
+            return None
+        stack.pop_all()
+    return JpegTiffReader(slide, reader, workers)

@@ -19,6 +19,8 @@ Source = Literal["stated", "objective", "tiff", "table"]
 
 # Scanners lie between about 0.1 and 10; a TIFF left at 72 or 300 dpi claims 353 or 85.
 PLAUSIBLE_MPP = (0.05, 10.0)
+# Of the longer side of a pixel to the shorter; scanners' own differ in the third digit.
+_MOST_UNEVEN = 1.02
 
 
 @dataclass(frozen=True)
@@ -40,25 +42,29 @@ def slide_scale(properties: Mapping[str, str], tabled_mpp: float | None = None) 
     """Scale at level 0, from the first source that gives a plausible value.
 
     In turn: the stated resolution, the objective's power, the TIFF's own resolution, and what the
-    user says of a slide that does not know.
+    user says of a slide that does not know. A slide that states pixels which are not square does
+    not know either: one of its two numbers may be wrong, and nothing says which.
 
     Raises
     ------
     DataError
         ``missing_resolution``.
     """
+    sides = _stated_sides(properties)
+    uneven = max(sides) > _MOST_UNEVEN * min(sides)
     found: list[tuple[Source, float]] = [
-        ("stated", _stated_mpp(properties)),
+        ("stated", math.sqrt(math.prod(sides))),
         ("objective", _objective_mpp(properties)),
         ("tiff", _tiff_mpp(properties)),
         ("table", math.nan if tabled_mpp is None else tabled_mpp),
     ]
-    for source, mpp in found:
+    for source, mpp in found[-1:] if uneven else found:
         if PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
             return Scale(mpp, source)
+    which = "pixels that are not square" if uneven else "no plausible resolution"
     raise DataError(
         "missing_resolution",
-        "slide: found no plausible resolution, needed micrometres per pixel between "
+        f"slide: found {which}, needed micrometres per pixel between "
         f"{PLAUSIBLE_MPP[0]} and {PLAUSIBLE_MPP[1]}; name it in a CSV with columns wsi,mpp, or "
         "export the slide again with its resolution",
     )
@@ -87,12 +93,12 @@ def read_mpp_table(path: Path) -> MppTable:
     Raises
     ------
     DataError
-        ``mpp_table``, if it is not one, or a value is no plausible resolution.
+        ``mpp_table``, if it is not one, a value is no plausible resolution, or a slide has two.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             rows = list(csv.DictReader(stream))
-        table = {row["wsi"].strip(): float(row["mpp"]) for row in rows}
+        table = [(Path(row["wsi"].strip()).name, float(row["mpp"])) for row in rows]
     except (
         OSError,
         UnicodeDecodeError,
@@ -108,18 +114,22 @@ def read_mpp_table(path: Path) -> MppTable:
             "'wsi' and 'mpp'",
         ) from None
     least, most = PLAUSIBLE_MPP
-    if not all(least <= mpp <= most for mpp in table.values()):
+    if not all(least <= mpp <= most for _, mpp in table):
         raise DataError(
             "mpp_table",
             f"mpp table: found a value outside {least} to {most}, needed micrometres per pixel",
         )
-    return MppTable({Path(name).name: mpp for name, mpp in table.items()})
+    by_name = dict(table)
+    if any(by_name[name] != mpp for name, mpp in table):
+        raise DataError(
+            "mpp_table", "mpp table: found two values for one slide, needed one; take one out"
+        )
+    return MppTable(by_name)
 
 
-def _stated_mpp(properties: Mapping[str, str]) -> float:
-    x = _number(properties, openslide.PROPERTY_NAME_MPP_X)
-    y = _number(properties, openslide.PROPERTY_NAME_MPP_Y)
-    return math.sqrt(x * y)
+def _stated_sides(properties: Mapping[str, str]) -> tuple[float, float]:
+    x, y = openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y
+    return _number(properties, x), _number(properties, y)
 
 
 def _objective_mpp(properties: Mapping[str, str]) -> float:
@@ -136,7 +146,8 @@ def _tiff_mpp(properties: Mapping[str, str]) -> float:
         properties.get("tiff.ResolutionUnit", ""), math.nan
     )
     x, y = (_number(properties, f"tiff.{axis}Resolution") for axis in "XY")
-    return unit_um / math.sqrt(x * y) if x > 0 and y > 0 else math.nan
+    is_square = max(x, y) <= _MOST_UNEVEN * min(x, y)
+    return unit_um / math.sqrt(x * y) if is_square else math.nan
 
 
 def _number(properties: Mapping[str, str], name: str) -> float:

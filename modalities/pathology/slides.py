@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 from dataclasses import astuple, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modalities.cohort import DataError
@@ -16,8 +18,7 @@ from modalities.pathology.reader import SUFFIXES
 from modalities.pathology.scale import MppTable, read_mpp_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from modalities.pathology.encoder import Compiler
     from modalities.pathology.export import Export
@@ -193,7 +194,7 @@ def find_slides(source: Path) -> list[Path]:
     if not source.exists():
         raise DataError("missing_file", "source: found nothing there, needed slides; check it")
     if source.is_dir():
-        slides = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES)
+        slides = sorted(p for p in _files_below(source) if p.suffix.lower() in SUFFIXES)
     elif source.suffix.lower() == ".csv":
         slides = _manifest_slides(source)
     else:
@@ -201,6 +202,19 @@ def find_slides(source: Path) -> list[Path]:
     if not slides:
         raise DataError("no_slides", "source: found no slide, needed at least one; check it")
     return slides
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield every file below a folder, also by way of links to folders, which rglob passes over."""
+    seen = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        place = Path(here)
+        if place.resolve() in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(place.resolve())
+        folders.sort()
+        yield from (place / name for name in names)
 
 
 def _repeated_names(slides: Iterable[Path]) -> set[int]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from modalities import files
 from modalities.pathology.encoder_names import canonical_name
 
-EXTRACTOR_VERSION = 2
+EXTRACTOR_VERSION = 3
 """Raised whenever the same slide and spec would give other coordinates or features."""
 
 DEFAULT_ENCODER = "tf_efficientnet_lite0"

@@ -22,6 +22,9 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 _MOST_DIRECTORIES = 1000
 _JPEG, _RGB, _YCBCR = 7, 2, 6
+_MALFORMED = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, struct.error
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,14 @@ class TiffIndex:
     ----------
     n_bytes_needed
         End of the last stored tile of any level.
+    is_complete
+        Whether every tile of every level has a place in the file.
     jpeg_levels
         Those of its levels that are tiled JPEG with eight bits in three channels.
     """
 
     n_bytes_needed: int
+    is_complete: bool
     jpeg_levels: tuple[StoredTiles, ...]
 
 
@@ -79,9 +85,10 @@ def read_index(path: Path) -> TiffIndex | None:
             pages = [page for page in file.pages if page.is_tiled]
             ends = [_end(page) for page in pages]
             levels = [_stored(page) for page in pages if _is_plain_jpeg(page)]
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, struct.error):
+            is_complete = all(_n_listed(page) >= _n_tiles(page) for page in pages)
+    except _MALFORMED:
         return None
-    return TiffIndex(max(ends), tuple(levels)) if ends else None
+    return TiffIndex(max(ends), is_complete, tuple(levels)) if ends else None
 
 
 def cut_short(path: Path) -> bool:
@@ -121,9 +128,20 @@ def _end(page: Any) -> int:
     return int((offsets + counts)[counts > 0].max(initial=0))
 
 
+def _n_tiles(page: Any) -> int:
+    """Count the tiles of one plane, by the sizes that a page states."""
+    columns, rows = -(-page.imagewidth // page.tilewidth), -(-page.imagelength // page.tilelength)
+    return int(columns * rows)
+
+
+def _n_listed(page: Any) -> int:
+    return min(len(page.dataoffsets), len(page.databytecounts))
+
+
 def _is_plain_jpeg(page: Any) -> bool:
     return (
-        page.compression == _JPEG
+        {len(page.dataoffsets), len(page.databytecounts)} == {_n_tiles(page)}
+        and page.compression == _JPEG
         and page.photometric in (_RGB, _YCBCR)
         and page.samplesperpixel == 3
         and page.bitspersample == 8

@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
+from modalities.pathology.quality import is_ink
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -83,6 +85,9 @@ def find_tissue(overview: Overview, mpp: float, *, method: str) -> Mask:
 def otsu_mask(rgb: NDArray[np.uint8], mpp: float) -> Mask:
     """Tissue by Otsu's threshold on smoothed saturation.
 
+    Pen has no say in the threshold: it is so much more saturated that pale tissue beside it would
+    count as glass. What is under it counts as tissue all the same, and its tiles say so.
+
     Parameters
     ----------
     rgb
@@ -96,7 +101,7 @@ def otsu_mask(rgb: NDArray[np.uint8], mpp: float) -> Mask:
         (h, w), all False on bare glass.
     """
     saturation = _smoothed_saturation(rgb)
-    counts = _counts(saturation, 256)
+    counts = _counts_without_ink(saturation, rgb)
     low, high = _SATURATION_BOUNDS
     is_flat = np.count_nonzero(counts) < 2
     threshold = low if is_flat else threshold_otsu(hist=(counts, np.arange(256))) / 255
@@ -113,13 +118,19 @@ METHODS: Final[dict[str, Method]] = {"otsu": otsu_mask, "none": whole_mask}
 """Ways to find tissue, by the name that a spec gives: (overview, its mpp) to a mask."""
 
 
-def outline_text(mask: Mask, downsample: float) -> str:
+def outline_text(mask: Mask, downsample: float, *, shown_from: tuple[int, int] = (0, 0)) -> str:
     """GeoJSON feature collection of tissue polygons, holes included, in level-0 pixels.
 
     QuPath opens it as annotations. The outline of a very large mask is drawn on a coarser one, each
     of whose pixels is tissue where any of four is.
+
+    Parameters
+    ----------
+    shown_from
+        Corner (x, y) at level 0 from which a viewer counts.
     """
-    rings = ([json.dumps(r.round(1).tolist()) for r in x] for x in _polygons(mask, downsample))
+    found = _polygons(mask, downsample)
+    rings = ([json.dumps((r - shown_from).round(1).tolist()) for r in x] for x in found)
     features = (_FEATURE.replace("RINGS", ",".join(x)) for x in rings)
     return f'{{"type":"FeatureCollection","features":[{",".join(features)}]}}'
 
@@ -159,6 +170,16 @@ def _counts(values: NDArray[np.integer], n_kinds: int) -> NDArray[np.int64]:
     counts = np.zeros(n_kinds, dtype=np.int64)
     for top in range(0, len(values), _BAND_ROWS):
         counts += np.bincount(values[top : top + _BAND_ROWS].ravel(), minlength=n_kinds)
+    return counts
+
+
+def _counts_without_ink(saturation: NDArray[np.uint8], rgb: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """(256,) how often each saturation occurs where there is no pen."""
+    counts = np.zeros(256, dtype=np.int64)
+    for top in range(0, len(rgb), _BAND_ROWS):
+        band = slice(top, top + _BAND_ROWS)
+        clear = ~is_ink(rgb[band].astype(np.int16))
+        counts += np.bincount(saturation[band][clear], minlength=256)
     return counts
 
 
