@@ -20,9 +20,10 @@ from flows.site_registry import (
     registered_encoders,
     site_tracking_uri,
 )
-from flows.snapshots import withdraw
+from flows.snapshots import released, withdraw
 from infra.settings import STUDY_FILE
-from modalities.cohort import DataError, ManifestRow
+from modalities.cohort import DataError, ManifestRow, read_cohort, rows_of
+from modalities.files import digest_path
 from modalities.pathology import read_bag
 from modalities.pathology.bags import Bag, write_bag
 from tests.slides_on_disk import scene, write_slide
@@ -50,12 +51,13 @@ def site(trained: Path, tmp_path: Path) -> SiteSettings:
     return settings_at(tmp_path, SITE)
 
 
-def features(path: Path, n_tiles: int = 12, *, dim: int = DIM) -> Path:
+def features(path: Path, n_tiles: int = 12, *, dim: int = DIM, **marks: str) -> Path:
+    """Overlapping tiles, so that their side is not their step."""
     rng = np.random.default_rng(3)
-    coords = np.array([(x * 512, y * 512) for x in range(4) for y in range(3)])[:n_tiles]
+    coords = np.array([(x * 256, y * 256) for x in range(4) for y in range(3)])[:n_tiles]
     bag = Bag(coords, rng.normal(size=(n_tiles, dim)).astype(np.float32))
     attrs = {"patch_size_level0": 512, "level0_width": 4096, "level0_height": 2048}
-    write_bag(path, bag, coords_attrs=attrs, file_attrs={})
+    write_bag(path, bag, coords_attrs=attrs, file_attrs=marks)
     return path
 
 
@@ -93,7 +95,11 @@ def test_a_slide_is_embedded_where_the_site_has_no_features_of_it(
     # The network was trained on tiles of another dimension: that is said, not guessed at.
     with pytest.raises(DataError, match=rf"needed \(n_tiles, {DIM}\)"):
         explain_slide(site, protocol, disc, modality="slides", out=tmp_path / "out")
-    made_now = tmp_path / "out" / "disc.h5"
+    made_now, spec = tmp_path / "out" / "disc.h5", protocol.modality["slides"].fingerprint()
+    for other in ((spec, "another slide"), ("another spec", digest_path(disc))):
+        features(made_now, spec_fingerprint=other[0], input_digest=other[1])
+        with pytest.raises(DataError, match=rf"needed \(n_tiles, {DIM}\)"):
+            explain_slide(site, protocol, disc, modality="slides", out=tmp_path / "out")
     before = made_now.stat().st_mtime_ns
     with pytest.raises(DataError, match="needed"):
         explain_slide(site, protocol, disc, modality="slides", out=tmp_path / "out")
@@ -145,7 +151,17 @@ def test_registering_an_encoder_keeps_maps_in_the_sites_own_store(
         f"attention/{name}-attention{suffix}"
         for name in ("highest", "middle", "lowest") for suffix in (".png", ".geojson")
     }  # fmt: skip
-    assert len(list(site.path("runs", "artifacts").rglob("*-attention.png"))) == 3
+    artifacts = site.path("runs", "artifacts")
+    assert len(list(artifacts.rglob("*-attention.png"))) == 3
+    snapshot = released(site, protocol)
+    table = read_cohort(snapshot.cohort)
+    rows = np.flatnonzero(rows_of(table, "slides") >= 0)
+    log_hazard = np.load(site.path("encoders", "slides", "log_hazard.npy"))
+    for name, at in (("highest", log_hazard.argmax()), ("lowest", log_hazard.argmin())):
+        bag = snapshot.features / table.mod["slides"].obs["bag"][table.obs_names[rows[at]]]
+        own = explain_slide(site, protocol, bag, modality="slides", out=tmp_path / name)
+        (logged,) = artifacts.rglob(f"{name}-attention.geojson")
+        assert logged.read_bytes() == own.outlines.read_bytes()
     path = features(tmp_path / "s1.h5")
     named = [
         explain_slide(site, protocol, path, modality="slides", model=x, out=tmp_path / str(i))

@@ -1,16 +1,29 @@
 from __future__ import annotations
 
+import dataclasses
+import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
 import openslide
 import pytest
+import simplejpeg
 from PIL import Image
 from tifffile import TiffFile, TiffWriter
 
 from modalities import pathology
 from modalities.cohort import DataError
-from modalities.pathology import PathologySpec, cutting, overview, planning, reader, reading
+from modalities.pathology import (
+    PathologySpec,
+    cutting,
+    jpeg_tiff,
+    overview,
+    planning,
+    reader,
+    reading,
+    tiff_index,
+    workers,
+)
 from tests.slides_on_disk import (
     code_of,
     overwrite,
@@ -153,20 +166,96 @@ def test_each_stored_tile_is_decoded_once(cmu: Path, monkeypatch: pytest.MonkeyP
     assert len(decoded) == len(set(decoded)) == 9 * 13  # the last column holds no whole tile
 
 
+@pytest.mark.parametrize("which", [range(16), [10], [15]], ids=["all", "middle", "last"])
+@pytest.mark.parametrize("n_pixels", [1, 65536])
 def test_a_reader_that_shows_other_pixels_is_not_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: list[int], n_pixels: int
 ) -> None:
     path = write_slide(tmp_path / "s.tif", scene(), photometric="ycbcr")
     plain = reading.StoredReader._decoded
 
     def redder(self: object, i: int) -> np.ndarray | None:
         pixels = plain(self, i)
-        return None if pixels is None else np.roll(pixels, 1, axis=2)
+        if pixels is not None and i in which:
+            pixels.reshape(-1, 3)[:n_pixels, 0] ^= 1
+        return pixels
 
     monkeypatch.setattr(reading.StoredReader, "_decoded", redder)
     _, found, name = read(path)
     assert name == "openslide"
     assert found.decoded.all()
+
+
+@pytest.mark.parametrize(("refused", "reader_name"), [([0], "jpeg_tiff"), ([0, 15], "openslide")])
+def test_a_reader_that_refuses_what_openslide_shows_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: list[int], reader_name: str
+) -> None:
+    path = write_slide(tmp_path / "s.tif", scene())
+    plain = reading.StoredReader._decoded
+
+    def choosy(self: object, i: int) -> np.ndarray | None:
+        return None if i in refused else plain(self, i)
+
+    monkeypatch.setattr(reading.StoredReader, "_decoded", choosy)
+    assert read(path)[2] == reader_name
+
+
+def test_a_stored_picture_of_another_size_is_damage(tmp_path: Path) -> None:
+    path = write_slide(tmp_path / "s.tif", scene(), compressionargs={"level": 95})
+    at, n_bytes = stored_tile(path, 5)
+    small = simplejpeg.encode_jpeg(np.full((64, 64, 3), 90, dtype=np.uint8), colorspace="RGB")
+    assert len(small) < n_bytes
+    with TiffFile(path) as file:
+        tag = file.pages[0].tags["TileByteCounts"]
+        kind = {3: "<H", 4: "<I", 16: "<Q"}[int(tag.dtype)]
+    overwrite(path, at, small)
+    overwrite(path, tag.valueoffset + 5 * struct.calcsize(kind), struct.pack(kind, len(small)))
+    coords, found, name = read(path, tissue="none", tile_px=64)
+    hit = touching(coords, 64, box_of(path, 5))
+    assert name == "jpeg_tiff"
+    np.testing.assert_array_equal(found.decoded, ~hit)
+
+
+def test_of_two_pages_of_one_size_none_is_taken_for_the_level(tmp_path: Path) -> None:
+    with reader.open_slide(write_slide(tmp_path / "s.tif", scene())) as slide:
+        index = slide.index
+        assert index is not None
+        assert jpeg_tiff.stored_tiles(slide, 0) is index.jpeg_levels[0]
+        slide.__dict__["index"] = dataclasses.replace(index, jpeg_levels=2 * index.jpeg_levels)
+        assert jpeg_tiff.stored_tiles(slide, 0) is None
+
+
+def test_a_slide_of_rules_of_its_own_is_read_through_openslide(tmp_path: Path) -> None:
+    tags = [(271, "s", 0, "Hamamatsu", True), (65420, "I", 1, 1, True)]
+    path = write_slide(tmp_path / "s.tif", scene(), extratags=tags)
+    assert tiff_index.read_index(path) is None
+    assert tiff_index.read_index(write_slide(tmp_path / "t.tif", scene())) is not None
+
+
+@pytest.mark.parametrize(
+    ("number", "page", "is_whole"), [(3, 0, True), (15, 0, False), (3, 1, False)]
+)
+def test_the_last_pixels_tell_whether_a_slide_without_an_index_is_whole(
+    tmp_path: Path, number: int, page: int, is_whole: bool
+) -> None:
+    path = with_hole(write_slide(tmp_path / "s.tif", scene(), levels=2), number, page)
+    with reader.open_slide(path) as slide:
+        reader.check_whole(slide)
+        slide.__dict__["index"] = None
+        if is_whole:
+            reader.check_whole(slide)
+            return
+        with pytest.raises(DataError) as error:
+            reader.check_whole(slide)
+        assert code_of(error) == "unreadable_slide"
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+@pytest.mark.parametrize("n_items", [0, 1, 2, 10])
+def test_threads_give_results_in_the_order_of_the_items(n_threads: int, n_items: int) -> None:
+    threads = workers.Workers(n_threads)
+    assert threads.map(lambda x: x * x, range(n_items)) == [x * x for x in range(n_items)]
+    threads.close()
 
 
 APERIO = {

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from modalities.cohort import DataError
-from modalities.pathology import scale
+from modalities.pathology import scale, tiles
 from tests.slides_on_disk import code_of
 
 
@@ -14,7 +15,17 @@ from tests.slides_on_disk import code_of
     [
         ({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.25"}, 0.25),
         ({"openslide.mpp-x": "0,25", "openslide.mpp-y": "0,25"}, 0.25),
+        ({"openslide.mpp-x": "0.400", "openslide.mpp-y": "0.405"}, 0.162**0.5),
         ({"openslide.objective-power": "40"}, 0.25),
+        (
+            {
+                "openslide.objective-power": "40",
+                "tiff.XResolution": "20000",
+                "tiff.YResolution": "20000",
+                "tiff.ResolutionUnit": "centimeter",
+            },
+            0.25,
+        ),
         ({"aperio.AppMag": "20"}, 0.5),
         ({"openslide.mpp-x": "0", "openslide.mpp-y": "0", "aperio.AppMag": "20"}, 0.5),
         (
@@ -85,3 +96,10 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path, content: str | None) ->
     with pytest.raises(DataError) as error:
         scale.read_mpp_table(tmp_path / "mpp.csv")
     assert code_of(error) == "mpp_table"
+
+
+def test_the_grid_reaches_the_last_pixel_and_half_of_a_tile_is_enough() -> None:
+    mask = np.zeros((4, 6), dtype=bool)
+    mask[:, ::2] = True
+    coords = tiles.tile_coords((30, 20), tiles.Geometry(10, 10), mask, 5.0, min_tissue_fraction=0.5)
+    assert coords.tolist() == [[x, y] for y in (0, 10) for x in (0, 10, 20)]
