@@ -21,7 +21,7 @@ from modalities.pathology.encoder_names import KNOWN_ENCODERS, canonical_name, k
 from modalities.pathology.folding import folded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from modalities.pathology.encoder_names import KnownEncoder
     from modalities.pathology.network import TileEncoder
@@ -429,6 +429,48 @@ def test_weights_that_a_study_names_must_be_given(tmp_path: Path) -> None:
         pathology.load_tile_encoder(spec, weights=tmp_path / "none.pth")
 
 
+def _tagged(tensors: dict[str, torch.Tensor], *prefixes: str) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{k}": v for prefix in prefixes for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: _tagged(x, "backbone."),
+        lambda x: _tagged(x, "encoder."),
+        lambda x: {"state_dict": _tagged(x, "model."), "epoch": 3},
+        lambda x: {"state_dict": {**_tagged(x, "model.backbone."), "head.weight": torch.zeros(3)}},
+        lambda x: {"teacher": _tagged(x, "module.backbone."), "student": x},
+        lambda x: {"model_state_dict": x, "optimizer_state_dict": {"state": {}}},
+    ],
+    ids=["backbone", "encoder", "lightning", "with-a-head", "teacher", "model_state_dict"],
+)
+def test_the_usual_wrappings_of_weights_are_understood(
+    tmp_path: Path, wrap: Callable[[dict[str, torch.Tensor]], dict[str, Any]]
+) -> None:
+    with torch.random.fork_rng():
+        model = timm.create_model("test_efficientnet", pretrained=False, num_classes=0)
+    wrapped, path = wrap(model.state_dict()), tmp_path / "mine.pth"
+    torch.save(wrapped, path)
+    other = timm.create_model("test_efficientnet", pretrained=False, num_classes=0)
+    weights.load_weights(other, path, name="x")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_of_two_networks_in_one_file_none_is_guessed(tmp_path: Path) -> None:
+    tensors = timm.create_model("test_efficientnet", pretrained=False, num_classes=0).state_dict()
+    model = timm.create_model("test_efficientnet", pretrained=False, num_classes=0)
+    torch.save(_tagged(tensors, "encoder_q.", "encoder_k."), tmp_path / "moco.pth")
+    with pytest.raises(pathology.WrongWeights, match=r"found 2 networks .*encoder_k., encoder_q."):
+        weights.load_weights(model, tmp_path / "moco.pth", name="x")
+    save_file(tensors, tmp_path / "renamed.bin")  # known by what is in it, not by its suffix
+    weights.load_weights(model, tmp_path / "renamed.bin", name="x")
+    torch.save({}, tmp_path / "empty.pth")
+    with pytest.raises(pathology.WrongWeights, match=r"found no tensors in empty\.pth"):
+        weights.load_weights(model, tmp_path / "empty.pth", name="x")
+
+
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     model = timm.create_model("test_efficientnet", pretrained=False, num_classes=0)
     tensors = model.state_dict()
@@ -489,9 +531,16 @@ def test_a_compiler_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPat
 
 
 def test_openvino_gives_what_torch_gives(tiny: TileEncoder) -> None:
-    pytest.importorskip("openvino", reason="an optional extra: consilium[openvino]")
     compiled = pathology.load_tile_encoder(TINY, compiler="openvino")
     np.testing.assert_allclose(compiled.embed(noise(5)), tiny.embed(noise(5)), atol=1e-3)
+
+
+def test_openvino_tells_nobody_of_its_use(tiny: TileEncoder) -> None:
+    pathology.load_tile_encoder(TINY, compiler="openvino")
+    assert (
+        sys.modules["openvino.tools.ovc.telemetry_utils"].tm
+        is sys.modules["openvino.tools.ovc.telemetry_stub"]
+    )
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from safetensors.torch import load_file
 from timm.models import load_state_dict
 
 from modalities.pathology.encoder import WrongWeights
@@ -67,6 +68,9 @@ _PROJECTION: Final = re.compile(r"attention\.attention\.(query|key|value)\.(weig
 def load_weights(model: torch.nn.Module, path: Path, *, name: str, form: str = "timm") -> None:
     """Load a file of weights into a network without classifier; each tensor must fit.
 
+    Where the tensors of the network stand under a common prefix, such as ``backbone.``, what is
+    beside them (heads of training) is left out.
+
     Parameters
     ----------
     name
@@ -77,38 +81,101 @@ def load_weights(model: torch.nn.Module, path: Path, *, name: str, form: str = "
     Raises
     ------
     WrongWeights
-        If the file cannot be read without running code from it, or a tensor is missing, left over
-        or of another shape.
+        If the file cannot be read without running code from it, if a tensor is missing, left over
+        or of another shape, or if two networks in the file fit.
     """
     tensors = _read(path)
+    fitting = _fitting(tensors, model, form)
+    if fitting is None:
+        parts = {k: _fitting(part, model, form) for k, part in _parts(tensors, model).items()}
+        found = {k: part for k, part in parts.items() if part is not None}
+        if len(found) > 1:
+            raise WrongWeights(
+                f"weights: found {len(found)} networks in {path.name} that fit {name!r} "
+                f"({', '.join(sorted(found))}), needed one; save the one that is meant by itself"
+            )
+        fitting = next(iter(found.values()), None)
+    if fitting is None:
+        misfits = _misfits(_named(tensors, model, form), model)
+        raise WrongWeights(
+            f"weights: found {len(misfits)} tensors in {path.name} that do not fit {name!r} (such "
+            f"as {misfits[0]}), needed exactly those of this network; give the file that belongs "
+            "to it"
+        )
+    model.load_state_dict(fitting, strict=True)
+
+
+def _fitting(tensors: Tensors, model: torch.nn.Module, form: str) -> Tensors | None:
+    """Name the tensors as the network does; None if they are not exactly its own."""
+    tensors = _named(tensors, model, form)
+    for change in (_unchanged, _by_timm):
+        changed = change(tensors, model)
+        if not _misfits(changed, model):
+            return changed
+    return None
+
+
+def _named(tensors: Tensors, model: torch.nn.Module, form: str) -> Tensors:
+    tensors = _needed(tensors)
     if form == "transformers":
         tensors = _from_transformers(tensors, model)
-    tensors = _without_classifier(tensors, model)
-    for change in (_unchanged, _by_timm):
-        fitting = change(tensors, model)
-        if not _misfits(fitting, model):
-            model.load_state_dict(fitting, strict=True)
-            return
-    misfits = _misfits(tensors, model)
-    raise WrongWeights(
-        f"weights: found {len(misfits)} tensors in {path.name} that do not fit {name!r} (such as "
-        f"{misfits[0]}), needed exactly those of this network; give the file that belongs to it"
-    )
+    return _without_classifier(tensors, model)
+
+
+def _parts(tensors: Tensors, model: torch.nn.Module) -> dict[str, Tensors]:
+    """Tensors by each prefix under which a network like this one may stand."""
+    firsts = (next(iter(model.state_dict())), "cls_token", "embeddings.cls_token")
+    prefixes = {
+        key.removesuffix(first) for key in tensors for first in firsts if key.endswith(f".{first}")
+    }
+    return {
+        prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        for prefix in prefixes
+    }
+
+
+def _needed(tensors: Tensors) -> Tensors:
+    kept = {k: v for k, v in tensors.items() if not k.startswith(_NOT_NEEDED)}
+    # timm tells one of its forms by this tensor.
+    return kept | ({"mask_token": tensors["mask_token"]} if "mask_token" in tensors else {})
 
 
 def _read(path: Path) -> Tensors:
     try:
-        found = load_state_dict(str(path), use_ema=False, device="cpu", weights_only=True)
+        if _is_safetensors(path):
+            found: Any = load_file(path)
+        else:
+            found = load_state_dict(str(path), use_ema=False, device="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - unpicklers and zip readers raise anything
         raise WrongWeights(
             f"weights: found {path.name}, which does not read as tensors alone "
             f"({type(error).__name__}), needed safetensors or a PyTorch state; save it so"
         ) from None
-    found = found.get("teacher", found) if isinstance(found, dict) else {}
-    tensors = {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}
-    kept = {k: v for k, v in tensors.items() if not k.startswith(_NOT_NEEDED)}
-    # timm tells one of its forms by this tensor.
-    return kept | ({"mask_token": tensors["mask_token"]} if "mask_token" in tensors else {})
+    tensors = _tensors(found)
+    inner = {k: _tensors(v) for k, v in found.items()} if isinstance(found, dict) else {}
+    inner = {k: v for k, v in inner.items() if v}
+    if "teacher" in inner:
+        tensors = inner["teacher"]
+    elif not tensors and len(inner) == 1:
+        (tensors,) = inner.values()
+    if not tensors:
+        raise WrongWeights(
+            f"weights: found no tensors in {path.name}, needed those of the network; save its state"
+        )
+    return tensors
+
+
+def _tensors(found: object) -> Tensors:
+    if not isinstance(found, dict):
+        return {}
+    return {str(k): v for k, v in found.items() if isinstance(v, torch.Tensor)}
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as that format does, whatever its suffix."""
+    with path.open("rb") as stream:
+        head = stream.read(9)
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
 
 
 def _misfits(tensors: Mapping[str, torch.Tensor], model: torch.nn.Module) -> list[str]:
