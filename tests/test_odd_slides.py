@@ -24,7 +24,7 @@ from modalities.pathology import (
     tiff_index,
     tissue,
 )
-from tests.slides_on_disk import code_of, overwrite, scene, write_slide
+from tests.slides_on_disk import code_of, overwrite, scene, stored_tile, touching, write_slide
 
 SPEC = PathologySpec(tile_px=128)
 
@@ -126,6 +126,33 @@ def test_a_slide_whose_tiles_do_not_fit_its_size_fails_alone(
     with reader.open_slide(path) as slide, reading.tile_reader(slide, tile_px=128, mpp=0.5) as x:
         assert x.name == "openslide"
         assert not x.read_tiles(np.array([[200, 200]]), tile_px=128, mpp=0.5).decoded.any()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.93])
+def test_zeros_in_a_jpeg_2000_tile_are_damage(tmp_path: Path, share: float) -> None:
+    """OpenSlide shows the rest of it, blurred, without a word."""
+    noise = np.random.default_rng(3).normal(0, 12, (1000, 1000, 3))
+    path = write_slide(
+        tmp_path / "s.svs", (scene(1000) + noise).clip(0, 255).astype(np.uint8),
+        compression="aperio_jp2000_rgb", compressionargs={"level": 40}, metadata=None,
+        description="Aperio Image Library v12\n1000x1000|AppMag = 20|MPP = 0.5",
+    )  # fmt: skip
+    xy = np.stack(np.meshgrid(*[np.arange(0, 900, 100)] * 2), axis=-1).reshape(-1, 2)
+    found = []
+    at, n_bytes = stored_tile(path, 5)
+    for _ in range(2):
+        with (
+            reader.open_slide(path) as slide,
+            reading.tile_reader(slide, tile_px=100, mpp=0.5) as x,
+        ):
+            found.append(x.read_tiles(xy, tile_px=100, mpp=0.5))
+        overwrite(path, at + int(n_bytes * share), bytes(600))
+    whole, torn = found
+    hit = touching(xy, 100, (256, 256, 512, 512))
+    assert whole.decoded.all()
+    np.testing.assert_array_equal(torn.decoded, ~hit)
+    np.testing.assert_array_equal(torn.pixels[~hit], whole.pixels[~hit])
+    assert not torn.pixels[hit].any()
 
 
 def test_a_slide_that_went_away_is_undecodable(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import simplejpeg
 
 from modalities.pathology.cutting import Tiles, cut, resampled
 from modalities.pathology.reader import Undecodable, open_bytes, read_bytes
+from modalities.pathology.tiff_index import of_size
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -130,13 +131,7 @@ class StoredReader:
         width, height = self._stored.size_px
         if x < 0 or y < 0 or x + w > width or y + h > height:
             return []
-        across, down = self._stored.tile_px
-        columns, _ = self._stored.grid
-        touched = [
-            row * columns + column
-            for row in range(y // down, (y + h - 1) // down + 1)
-            for column in range(x // across, (x + w - 1) // across + 1)
-        ]
+        touched = self._stored.below(box)
         whole = self._all_scanned or all(self._stored.counts[i] > 0 for i in touched)
         return touched if whole else []
 
@@ -251,8 +246,7 @@ def proves_itself(slide: Slide, level: int, reader: StoredReader, stored: Stored
 def stored_tiles(slide: Slide, level: int) -> StoredTiles | None:
     """Tiles of a level, known by its size; None where no tiled JPEG has it, or several have."""
     levels = () if slide.index is None else slide.index.jpeg_levels
-    found = [x for x in levels if x.size_px == slide.info.levels[level].size_px]
-    return found[0] if len(found) == 1 else None
+    return of_size(levels, slide.info.levels[level].size_px)
 
 
 def sample_boxes(stored: StoredTiles) -> list[Box]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from modalities.pathology.cutting import Cut
+    from modalities.pathology.lost_parts import LostParts
     from modalities.pathology.reader import Slide
     from modalities.pathology.workers import Workers
 
@@ -28,14 +29,17 @@ class OpenSlideReader:
     ----------
     workers
         Threads that read.
+    lost
+        Parts of the level that are lost without OpenSlide's saying so.
     """
 
     name = "openslide"
 
-    def __init__(self, slide: Slide, workers: Workers) -> None:
+    def __init__(self, slide: Slide, workers: Workers, lost: LostParts | None = None) -> None:
         self.info = slide.info
         self._slide = slide
         self._workers = workers
+        self._lost = lost
 
     def expect(self, xy: NDArray[np.int64], *, tile_px: int, mpp: float) -> None:
         """Nothing is kept, so nothing is forgotten."""
@@ -48,10 +52,16 @@ class OpenSlideReader:
         read = self._workers.map(lambda part: self._read(corners[part], how), strips)
         if not read:
             return Tiles(np.empty((0, tile_px, tile_px, 3), np.uint8), np.empty(0, bool))
-        return Tiles(np.concatenate([x.pixels for x in read]), np.concatenate([x[1] for x in read]))
+        pixels, decoded = (np.concatenate(x) for x in zip(*read, strict=True))
+        if self._lost is not None:
+            decoded &= ~self._lost.under(corners, how.side_px)
+            pixels[~decoded] = 0
+        return Tiles(pixels, decoded)
 
     def close(self) -> None:
-        """Nothing to let go of: the slide closes itself."""
+        """Let go of what was asked beside OpenSlide; the slide closes itself."""
+        if self._lost is not None:
+            self._lost.close()
 
     def _read(self, strip: NDArray[np.int64], how: Cut) -> Tiles:
         side = how.side_px

@@ -12,7 +12,9 @@ from modalities.pathology.jpeg_tiff import (
     proves_itself,
     stored_tiles,
 )
+from modalities.pathology.lost_parts import LostParts
 from modalities.pathology.openslide_reader import OpenSlideReader
+from modalities.pathology.tiff_index import of_size
 from modalities.pathology.workers import Workers
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ def tile_reader(
     """
     workers = Workers(n_threads)
     try:
-        reader = _direct_reader(slide, tile_px, mpp, workers) or OpenSlideReader(slide, workers)
+        level = cut(slide.info, tile_px=tile_px, mpp=mpp).level
+        reader = _direct_reader(slide, level, workers) or _openslide_reader(slide, level, workers)
         try:
             yield reader
         finally:
@@ -47,10 +50,14 @@ def tile_reader(
         workers.close()
 
 
-def _direct_reader(
-    slide: Slide, tile_px: int, mpp: float, workers: Workers
-) -> JpegTiffReader | None:
-    level = cut(slide.info, tile_px=tile_px, mpp=mpp).level
+def _openslide_reader(slide: Slide, level: int, workers: Workers) -> OpenSlideReader:
+    levels = () if slide.index is None else slide.index.jpeg2000_levels
+    stored = of_size(levels, slide.info.levels[level].size_px)
+    lost = None if stored is None else LostParts(slide.path, stored, workers)
+    return OpenSlideReader(slide, workers, lost)
+
+
+def _direct_reader(slide: Slide, level: int, workers: Workers) -> JpegTiffReader | None:
     stored = stored_tiles(slide, level)
     if stored is None:
         return None

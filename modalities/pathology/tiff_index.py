@@ -12,6 +12,7 @@ import numpy as np
 import tifffile
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
     from typing import Any, BinaryIO
 
@@ -22,6 +23,7 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 _MOST_DIRECTORIES = 1000
 _JPEG, _RGB, _YCBCR = 7, 2, 6
+_JPEG2000 = (33003, 33005, 34712)
 _MALFORMED = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, struct.error
 )  # fmt: skip
@@ -29,7 +31,7 @@ _MALFORMED = (
 
 @dataclass(frozen=True)
 class StoredTiles:
-    """JPEG tiles of one level of a TIFF.
+    """Tiles of one level of a TIFF.
 
     Parameters
     ----------
@@ -41,7 +43,7 @@ class StoredTiles:
         (n,) where each tile stands in the file and its length in bytes, row by row; no bytes means
         that the tile was never scanned.
     header
-        Bytes that stand before every tile's own stream, which lacks its tables.
+        Bytes that stand before every tile's own JPEG stream, which lacks its tables.
     """
 
     size_px: tuple[int, int]
@@ -56,6 +58,15 @@ class StoredTiles:
         columns, rows = (-(-n // tile) for n, tile in zip(self.size_px, self.tile_px, strict=True))
         return columns, rows
 
+    def below(self, box: tuple[int, int, int, int]) -> list[int]:
+        """Numbers of the tiles that a box (x, y, width, height) touches."""
+        (x, y, w, h), (across, down), (columns, rows) = box, self.tile_px, self.grid
+        return [
+            row * columns + column
+            for row in range(max(y // down, 0), min((y + h - 1) // down + 1, rows))
+            for column in range(max(x // across, 0), min((x + w - 1) // across + 1, columns))
+        ]
+
 
 @dataclass(frozen=True)
 class TiffIndex:
@@ -69,11 +80,14 @@ class TiffIndex:
         Whether every tile of every level has a place in the file.
     jpeg_levels
         Those of its levels that are tiled JPEG with eight bits in three channels.
+    jpeg2000_levels
+        Those that are tiled JPEG 2000.
     """
 
     n_bytes_needed: int
     is_complete: bool
     jpeg_levels: tuple[StoredTiles, ...]
+    jpeg2000_levels: tuple[StoredTiles, ...] = ()
 
 
 def read_index(path: Path) -> TiffIndex | None:
@@ -84,11 +98,18 @@ def read_index(path: Path) -> TiffIndex | None:
                 return None
             pages = [page for page in file.pages if page.is_tiled]
             ends = [_end(page) for page in pages]
-            levels = [_stored(page) for page in pages if _is_plain_jpeg(page)]
+            jpeg = [_stored(page) for page in pages if _is_plain_jpeg(page)]
+            jpeg2000 = [_stored(page) for page in pages if _is_jpeg2000(page)]
             is_complete = all(_n_listed(page) >= _n_tiles(page) for page in pages)
     except _MALFORMED:
         return None
-    return TiffIndex(max(ends), is_complete, tuple(levels)) if ends else None
+    return TiffIndex(max(ends), is_complete, tuple(jpeg), tuple(jpeg2000)) if ends else None
+
+
+def of_size(levels: Iterable[StoredTiles], size_px: tuple[int, int]) -> StoredTiles | None:
+    """Find the level of that (width, height); None where there is none, or several are."""
+    found = [level for level in levels if level.size_px == size_px]
+    return found[0] if len(found) == 1 else None
 
 
 def cut_short(path: Path) -> bool:
@@ -138,9 +159,17 @@ def _n_listed(page: Any) -> int:
     return min(len(page.dataoffsets), len(page.databytecounts))
 
 
+def _lists_its_tiles(page: Any) -> bool:
+    return {len(page.dataoffsets), len(page.databytecounts)} == {_n_tiles(page)}
+
+
+def _is_jpeg2000(page: Any) -> bool:
+    return page.compression in _JPEG2000 and _lists_its_tiles(page)
+
+
 def _is_plain_jpeg(page: Any) -> bool:
     return (
-        {len(page.dataoffsets), len(page.databytecounts)} == {_n_tiles(page)}
+        _lists_its_tiles(page)
         and page.compression == _JPEG
         and page.photometric in (_RGB, _YCBCR)
         and page.samplesperpixel == 3
