@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +20,14 @@ from skimage import data as pictures
 from modalities import pathology
 from modalities.files import digest_path
 from modalities.pathology import PathologySpec, architectures, network, sources, weights
+from modalities.pathology.compiled import eager
 from modalities.pathology.encoder_names import KNOWN_ENCODERS, canonical_name, known_encoder
 from modalities.pathology.folding import folded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from modalities.pathology.encoder import Compiler
     from modalities.pathology.encoder_names import KnownEncoder
     from modalities.pathology.network import TileEncoder
 
@@ -164,10 +169,13 @@ def test_random_weights_are_the_same_everywhere() -> None:
     np.testing.assert_array_equal(one.embed(pixels), two.embed(pixels))
 
 
-def encoder_of(model: torch.nn.Module, **changes: Any) -> TileEncoder:
+def encoder_of(
+    model: torch.nn.Module, *, compiler: Compiler = "none", **changes: Any
+) -> TileEncoder:
     wanted = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "input_px": 32} | changes
+    preprocessing = architectures.Preprocessing(**wanted)
     return network.TileEncoder(
-        model, name="x", preprocessing=architectures.Preprocessing(**wanted), precision="fp32"
+        model, name="x", preprocessing=preprocessing, precision="fp32", compiler=compiler
     )
 
 
@@ -185,17 +193,40 @@ def test_the_middle_of_a_larger_tile_is_seen_where_an_encoder_wants_that() -> No
 class _Picky(torch.nn.Module):
     """Runs out of memory beyond three images."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.append(len(images))
         if len(images) > 3:
             raise torch.OutOfMemoryError
         return images.mean(dim=(2, 3))
 
 
-def test_a_batch_that_does_not_fit_is_halved() -> None:
-    encoder = encoder_of(_Picky())
+def test_a_batch_that_does_not_fit_is_cut_and_the_next_at_once() -> None:
+    model = _Picky()
+    encoder = encoder_of(model)
     tiles = noise(11, 32)
     expected = tiles.mean(axis=(1, 2)) / 255
     np.testing.assert_allclose(encoder.embed(tiles), expected, atol=1e-5)
+    assert model.seen[-9:] == [11, 8, 4, 2, 2, 2, 2, 2, 1]
+    model.seen.clear()
+    np.testing.assert_allclose(encoder.embed(tiles), expected, atol=1e-5)
+    assert max(model.seen) == 2  # what is known not to fit is not tried again
+
+
+def test_a_network_of_whole_batches_takes_smaller_ones_where_they_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What inductor would make of it is of no matter here, and takes a minute.
+    monkeypatch.setattr(network, "runner", lambda model, device, *_, **__: eager(model, device))
+    model = _Picky()
+    encoder = encoder_of(model, compiler="inductor")
+    tiles = noise(5, 32)
+    expected = tiles.mean(axis=(1, 2)) / 255
+    np.testing.assert_allclose(encoder.embed(tiles), expected, atol=1e-5)
+    assert set(model.seen) == {1, 16, 8, 4, 2}
 
 
 class _Never(torch.nn.Module):
@@ -271,6 +302,67 @@ def test_auto_is_fp32_where_nothing_faster_is_native(monkeypatch: pytest.MonkeyP
     encoder.precision = "auto"  # as for the next slide
     encoder.embed(noise(1))
     assert encoder.precision == "fp32"
+
+
+def test_each_gpu_is_asked_for_its_own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [torch.device("cuda:0")]
+
+    @contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        asked.append(device)
+        yield
+        asked.pop()
+
+    def supported(*, including_emulation: bool) -> bool:
+        return not including_emulation and asked[-1].index == 1
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert network._faster_precision(torch.device("cuda:1")) == "bf16"
+    assert network._faster_precision(torch.device("cuda:0")) == "fp16"
+
+
+def test_encoders_for_several_devices_are_built_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Random weights come from one generator, and a large network fills the memory once."""
+    build, door, met = network.network_of, threading.Barrier(2), []
+
+    def watched(*arguments: Any) -> Any:
+        with suppress(threading.BrokenBarrierError):
+            met.append(door.wait(timeout=0.2))
+        return build(*arguments)
+
+    monkeypatch.setattr(network, "network_of", watched)
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda device: pathology.load_tile_encoder(TINY, device=device),
+                            ["cpu", "cpu"])  # fmt: skip
+    assert met == []
+    np.testing.assert_array_equal(one.embed(noise(1)), two.embed(noise(1)))
+
+
+class _Tokens(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(2)
+
+
+def test_a_network_without_one_row_per_square_tile_is_refused() -> None:
+    with pytest.raises(pathology.UnknownEncoder, match=r"'x' gives 3 x 1024 numbers for a tile"):
+        encoder_of(_Tokens())
+    spec = PathologySpec(encoder="vit_5b_patch16_sapiens2", pretrained=False)
+    with (
+        torch.device("meta"),
+        pytest.raises(pathology.UnknownEncoder, match="sees 1024 x 768 pixels in 3 channels"),
+    ):
+        architectures.network_of(spec, None)
+
+
+def test_a_tile_is_resized_as_a_network_of_timms_wants() -> None:
+    found = {}
+    for name in ("resnet18.tv_in1k", "resnet18.a1_in1k"):
+        spec = PathologySpec(encoder=name, pretrained=False)
+        found[name] = architectures.network_of(spec, None)[1].interpolation
+    assert found == {"resnet18.tv_in1k": "bilinear", "resnet18.a1_in1k": "bicubic"}
 
 
 @pytest.mark.parametrize(

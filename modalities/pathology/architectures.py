@@ -10,6 +10,7 @@ import torch
 from timm.layers import SwiGLUPacked
 from torch import nn
 
+from modalities.pathology.encoder import UnknownEncoder
 from modalities.pathology.encoder_names import known_encoder
 from modalities.pathology.sources import (
     asking_the_hub,
@@ -85,6 +86,8 @@ def network_of(spec: PathologySpec, weights: Path | None) -> tuple[nn.Module, Pr
 
     Raises
     ------
+    UnknownEncoder
+        If it does not see square tiles of three colours.
     MissingWeights, WrongWeights
         If its weights are not at hand, or do not fit.
     """
@@ -95,15 +98,29 @@ def network_of(spec: PathologySpec, weights: Path | None) -> tuple[nn.Module, Pr
         model = _known(known, spec, weights)
         return model.eval(), preprocessing(known)
     model = _by_name(spec, weights)
-    config = timm.data.resolve_model_data_config(model)
-    side = int(config["input_size"][-1])
-    return model.eval(), Preprocessing(tuple(config["mean"]), tuple(config["std"]), side)
+    return model.eval(), _as_timm_says(model, spec.encoder)
 
 
 def preprocessing(known: KnownEncoder) -> Preprocessing:
     """Give what an encoder wants of a tile."""
     mean, std = known.normalisation
     return Preprocessing(mean, std, known.input_px, known.resize_px, known.interpolation)
+
+
+def _as_timm_says(model: nn.Module, name: str) -> Preprocessing:
+    config = timm.data.resolve_model_data_config(model)
+    channels, height, width = config["input_size"]
+    if (channels, height) != (3, width):
+        raise UnknownEncoder(
+            f"encoder: {name!r} sees {height} x {width} pixels in {channels} channels, needed a "
+            "square in 3; choose another"
+        )
+    return Preprocessing(
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        int(width),
+        interpolation="bilinear" if config["interpolation"] == "bilinear" else "bicubic",
+    )
 
 
 def bare_network(known: KnownEncoder) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 
 from modalities.pathology.architectures import Preprocessing, network_of
 from modalities.pathology.compiled import eager, runner
+from modalities.pathology.encoder import UnknownEncoder
 from modalities.pathology.folding import folded
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 _LEAST_COSINE = 0.999
 # Few tiles fit a processor's cache; a GPU wants many.
 _BATCH_TILES = {"cpu": 16, "cuda": 256}
+# Several devices load at once; the generator of random weights and the hub's client are one each,
+# and the processor's memory need hold the network once only.
+_BUILDS = threading.Lock()
 
 
 class TileEncoder:
@@ -59,6 +63,8 @@ class TileEncoder:
     ------
     MissingCompiler
         If the compiler is not installed.
+    UnknownEncoder
+        If the network does not give one row of numbers for a tile.
     """
 
     def __init__(
@@ -93,8 +99,16 @@ class TileEncoder:
         )
         self._pinned = torch.empty(0, dtype=torch.uint8)
         self._lock = threading.Lock()
+        # What fits at once, by precision; one that was not tried yet is thought to fit whole.
+        self._fitting_tiles: dict[str, int] = {}
         with torch.inference_mode():
-            self.dim = int(self._exact(sample.to(self.device), "fp32").shape[1])
+            features = self._exact(sample.to(self.device), "fp32")
+        if features.ndim != 2:
+            raise UnknownEncoder(
+                f"encoder: {name!r} gives {' x '.join(map(str, features.shape[1:]))} numbers for a "
+                "tile, needed one row of them; choose another"
+            )
+        self.dim = int(features.shape[1])
 
     def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embed tiles (n, tile_px, tile_px, 3) as (n, dim)."""
@@ -105,8 +119,13 @@ class TileEncoder:
         return np.concatenate(rows) if rows else np.empty((0, self.dim), dtype=np.float32)
 
     def _embed_batch(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        if self._whole_batches and len(tiles) < self.batch_tiles:
-            missing = ((0, self.batch_tiles - len(tiles)), (0, 0), (0, 0), (0, 0))
+        precision = self.precision
+        fitting = self._fitting_tiles.get(precision, self.batch_tiles)
+        if len(tiles) > fitting:
+            parts = [tiles[i : i + fitting] for i in range(0, len(tiles), fitting)]
+            return np.concatenate([self._embed_batch(part) for part in parts])
+        if self._whole_batches and len(tiles) < fitting:
+            missing = ((0, fitting - len(tiles)), (0, 0), (0, 0), (0, 0))
             return self._embed_batch(np.pad(tiles, missing))[: len(tiles)]
         try:
             with self._lock, torch.inference_mode():
@@ -117,8 +136,10 @@ class TileEncoder:
                 raise
         # Outside of the handler, whose traceback would hold the memory.
         torch.cuda.empty_cache()
-        half = len(tiles) // 2
-        return np.concatenate([self._embed_batch(x) for x in (tiles[:half], tiles[half:])])
+        while fitting >= len(tiles):  # by halves of a batch, so that all are cut at the same tiles
+            fitting //= 2
+        self._fitting_tiles[precision] = fitting
+        return self._embed_batch(tiles)
 
     def _features(self, tiles: NDArray[np.uint8]) -> torch.Tensor:
         images = self._normalised(tiles)
@@ -188,26 +209,31 @@ def build_encoder(
 
     Raises
     ------
+    UnknownEncoder
+        If it does not turn a square tile into one row of numbers.
     MissingWeights, WrongWeights
         If its weights are not at hand, or do not fit.
     MissingCompiler
         If the compiler is not installed.
     """
-    model, preprocessing = network_of(spec, weights)
-    return TileEncoder(
-        model,
-        name=spec.encoder,
-        preprocessing=preprocessing,
-        precision=spec.precision,
-        device=device,
-        compiler=compiler,
-    )
+    with _BUILDS:
+        model, preprocessing = network_of(spec, weights)
+        return TileEncoder(
+            model,
+            name=spec.encoder,
+            preprocessing=preprocessing,
+            precision=spec.precision,
+            device=device,
+            compiler=compiler,
+        )
 
 
 def _faster_precision(device: torch.device) -> Precision | None:
     """Give the lower precision that a device computes in itself; None where it only emulates."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        with torch.cuda.device(device):  # it speaks of the current one
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp16"
     capabilities = torch.cpu.get_capabilities()
     native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return "bf16" if native else None
