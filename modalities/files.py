@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 1 << 20
 _PREFIX = ".partial-"
+_ERRNO = re.compile(r"errno = (\d+)")
+_RANDOM = 8  # characters that tempfile adds
 
 
 def fingerprint(value: Any) -> str:
@@ -82,7 +86,8 @@ def replacing(target: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with naming(target):
+            yield temporary
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(target)
@@ -90,8 +95,38 @@ def replacing(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let a write that fails, on a full disk say, name the file that it was for.
+
+    Python names files that do not open, but none that it cannot write to; HDF5 hides what the
+    system said in a long text, and not always in an ``OSError``.
+
+    Raises
+    ------
+    OSError
+        With its number and ``path``, where what was raised has a number and no path.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        told = _ERRNO.search(str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number is None or getattr(error, "filename", None) is not None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+
 def sweep(folder: Path) -> None:
     """Remove what a killed :func:`replacing` left below a folder that nobody else is writing."""
     for file in folder.rglob(f"{_PREFIX}*"):
         if file.is_file():
+            file.unlink(missing_ok=True)
+
+
+def sweep_beside(target: Path) -> None:
+    """Remove what a killed :func:`replacing` left of one file that nobody else is writing."""
+    start = len(_PREFIX) + len(target.stem) + 1
+    for file in target.parent.glob(f"{_PREFIX}{escape(target.stem)}-*{target.suffix}"):
+        if len(file.stem) == start + _RANDOM:
             file.unlink(missing_ok=True)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import fcntl
+import itertools
 import os
 import random
+import resource
 import subprocess
 import sys
 import threading
@@ -14,11 +17,12 @@ from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
+import openslide
 import pytest
 
 from modalities import pathology
 from modalities.cohort import DataError
-from modalities.pathology import PathologySpec, SlideJob, partial, pipeline
+from modalities.pathology import PathologySpec, SlideJob, partial, pipeline, reader
 from modalities.pathology.ahead import ahead
 from modalities.pathology.quality import Quality
 from modalities.synthetic.slides import write_slide as write_simulated
@@ -509,6 +513,147 @@ def test_rows_are_kept_where_the_disk_goes_away(
     np.testing.assert_array_equal(
         column(tmp_path / "a.h5", "features"), column(tmp_path / "whole.h5", "features")
     )
+
+
+def fails_for_a_while(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
+    """Let OpenSlide fail on some of its reads, as on a disk of the network that is away."""
+    plain, calls = openslide.OpenSlide.read_region, itertools.count()
+
+    def failing(*arguments: object) -> object:
+        if first <= next(calls) < last:
+            raise openslide.OpenSlideError("cannot read")
+        return plain(*arguments)
+
+    monkeypatch.setattr(openslide.OpenSlide, "read_region", failing)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_disk_that_comes_back_leaves_no_tile_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
+) -> None:
+    slide = write_slide(tmp_path / "s.tif", scene(), compression="deflate")
+    extract(slide, tmp_path / "whole.h5")
+    with monkeypatch.context() as patch:
+        fails_for_a_while(patch, 8, 40)
+        if resumed:  # killed before the end, with rows that were taken for damaged
+            interrupt(slide, tmp_path / "a.h5", 20)
+            with h5py.File(tmp_path / "a.h5.partial") as file:
+                assert not file["rows"]["decoded"][:60].all()
+        else:
+            outcome = extract(slide, tmp_path / "a.h5")
+            assert (outcome.outcome, outcome.reason) == ("done", "")
+    if resumed:
+        assert extract(slide, tmp_path / "a.h5").outcome == "done"
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+@pytest.mark.parametrize("compression", ["deflate", "jpeg"])
+def test_a_slide_that_goes_away_is_set_aside_and_gone_on_with(
+    tmp_path: Path, disc: Path, compression: str
+) -> None:
+    slide = write_slide(tmp_path / "s.tif", scene(), compression=compression)
+    extract(slide, tmp_path / "whole.h5")
+
+    class Taking(Averages):
+        def embed(self, tiles: np.ndarray) -> np.ndarray:
+            with contextlib.suppress(FileNotFoundError):
+                slide.rename(tmp_path / "away.tif")
+            return super().embed(tiles)
+
+    encoder = Taking()
+    jobs = [SlideJob(slide, tmp_path / "a.h5"), SlideJob(disc, tmp_path / "b.h5")]
+    first, second = (x for _, x in pathology.extract_slides(jobs, SPEC, lambda: encoder))
+    assert second.outcome == "done"
+    if compression == "deflate":  # the other way reads on through what is open already
+        assert (first.outcome, first.code) == ("failed", "missing_file")
+        assert not (tmp_path / "a.h5").exists()
+        (tmp_path / "away.tif").rename(slide)
+        assert extract(slide, tmp_path / "a.h5").outcome == "done"
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_a_slide_that_goes_away_before_it_is_read_is_set_aside(
+    tmp_path: Path, disc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slide = write_slide(tmp_path / "s.tif", scene(300))
+    plain = reader.openslide.OpenSlide
+
+    def opening(path: Path) -> openslide.OpenSlide:
+        opened = plain(path)
+        slide.unlink(missing_ok=True)
+        return opened
+
+    monkeypatch.setattr(reader.openslide, "OpenSlide", opening)
+    jobs = [SlideJob(slide, tmp_path / "a.h5"), SlideJob(disc, tmp_path / "b.h5")]
+    found = [x for _, x in pathology.extract_slides(jobs, SPEC, Averages)]
+    assert [x.code for x in found] == ["unreadable_slide", ""]
+
+
+def test_a_full_disk_names_the_file_and_the_same_process_goes_on(
+    tmp_path: Path, disc: Path
+) -> None:
+    extract(disc, tmp_path / "whole.h5")
+    few, (soft, hard) = 4096, resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (few // 4, few, 3 * few, 5 * few):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(OSError, match="File too large") as error:
+                extract(disc, tmp_path / "a.h5")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert Path(error.value.filename).name.startswith(("a.", ".partial-a"))
+    extract(disc, tmp_path / "a.h5")
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    assert sorted(x.name for x in tmp_path.iterdir()) == [
+        "a.geojson", "a.h5", "whole.geojson", "whole.h5"
+    ]  # fmt: skip
+
+
+def test_a_name_that_is_not_utf8_is_extracted(tmp_path: Path, disc: Path) -> None:
+    name = os.fsdecode(b"sl\xe4ide")
+    slide = tmp_path / f"{name}.tif"
+    slide.write_bytes(disc.read_bytes())
+    outcome = extract(slide, tmp_path / f"{name}.h5")
+    assert (outcome.slide, outcome.outcome) == ("sl\\xe4ide", "done")
+    with h5py.File(os.fsencode(tmp_path / f"{name}.h5")) as file:
+        assert file["coords"].attrs["name"] == "sl\\xe4ide"
+
+
+def test_what_a_kill_left_is_cleared_away(tmp_path: Path, disc: Path) -> None:
+    interrupt(disc, tmp_path / "a.h5", 3)
+    left = tmp_path / ".partial-a-0a1b_2c3.h5"
+    others = [tmp_path / f".partial-{x}.h5" for x in ("a-b-0a1b_2c3", "b-0a1b_2c3")]
+    for path in (left, *others):
+        path.write_bytes(b"half of one")
+    extract(disc, tmp_path / "a.h5")
+    assert not left.exists()
+    assert all(x.exists() for x in others)
+    # Killed after the bag was there and before its rows were deleted.
+    (tmp_path / "a.h5.partial").write_bytes((tmp_path / "a.h5").read_bytes())
+    job = SlideJob(disc, tmp_path / "a.h5", reuse=True)
+    ((_, outcome),) = pathology.extract_slides([job], SPEC, Averages)
+    assert outcome.reason == "unchanged"
+    assert not (tmp_path / "a.h5.partial").exists()
+
+
+def test_a_bag_is_used_again_only_with_its_marks(tmp_path: Path, disc: Path) -> None:
+    reasons = []
+    for code in ("1", "1", "2"):
+        job = SlideJob(disc, tmp_path / "a.h5", marks={"code": code}, reuse=True)
+        ((_, outcome),) = pathology.extract_slides([job], SPEC, Averages)
+        reasons.append(outcome.reason)
+    assert reasons == ["", "unchanged", ""]
+
+
+def test_a_resolution_that_was_corrected_counts(tmp_path: Path) -> None:
+    slide = write_slide(tmp_path / "s.tif", scene(600), mpp=None)
+    found = []
+    for mpp in (0.5, 0.5, 0.25, None):
+        job = SlideJob(slide, tmp_path / "s.h5", tabled_mpp=mpp, reuse=True)
+        ((_, outcome),) = pathology.extract_slides([job], SPEC, Averages)
+        with h5py.File(tmp_path / "s.h5") as file:
+            found.append((outcome.reason, float(file.attrs["slide_mpp"])))
+    assert found == [("", 0.5), ("unchanged", 0.5), ("", 0.25), ("unchanged", 0.25)]
 
 
 def test_a_bag_never_mixes_precisions(tmp_path: Path, disc: Path) -> None:

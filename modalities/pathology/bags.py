@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from typing import TYPE_CHECKING, Any
 
 import h5py
@@ -87,10 +90,64 @@ def _new_bag(
     out_h5: Path, coords_attrs: Mapping[str, Any], file_attrs: Mapping[str, Any]
 ) -> Iterator[h5py.File]:
     # A cache for a few chunks, so that rows that are not aligned to them are cheap as well.
-    with replacing(out_h5) as temporary, h5py.File(temporary, "w", rdcc_nbytes=1 << 25) as file:
+    with replacing(out_h5) as temporary, new_file(temporary, rdcc_nbytes=1 << 25) as file:
         yield file
         file["coords"].attrs.update(coords_attrs)
         file.attrs.update(file_attrs)
+
+
+class _Output(FileIO):
+    """A file that goes on where the disk is full, and tells of it in the end.
+
+    HDF5 cannot let go of a file after a write that failed: it crashes on closing it.
+    """
+
+    fault: OSError | None = None
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        try:
+            fcntl.flock(self, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as HDF5 does, but before truncating
+        except BlockingIOError:
+            self.close()
+            raise
+        except OSError:
+            pass  # a disk that knows no locks
+        self.truncate(0)
+
+    def write(self, content: Any, /) -> int:
+        rest = memoryview(content)
+        try:
+            while rest:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.fault = self.fault or error
+        return len(content)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.fault = self.fault or error
+            return size or 0
+
+
+@contextmanager
+def new_file(path: Path, **options: Any) -> Iterator[h5py.File]:
+    """Create an HDF5 file.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process writes it.
+    OSError
+        At the end, where not all of it could be written.
+    """
+    with _Output(path) as output:
+        with h5py.File(output, "w", **options) as file:
+            yield file
+        if output.fault is not None:
+            raise output.fault
 
 
 def _column(file: h5py.File, name: str, values: NDArray[Any]) -> None:

@@ -7,6 +7,7 @@ which rows are there needs no other note.
 
 from __future__ import annotations
 
+import os
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ import h5py
 import numpy as np
 
 from modalities.cohort import DataError
+from modalities.files import naming
+from modalities.pathology.bags import new_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,6 +53,11 @@ class PartialBag:
         self.n_done = self._count()
 
     @property
+    def is_open(self) -> bool:
+        """Whether it was not closed yet."""
+        return bool(self._file)
+
+    @property
     def precision(self) -> str | None:
         """Precision that the rows were embedded in; None before the first."""
         return self._dataset[0]["precision"].decode() if self.n_done else None
@@ -69,15 +77,32 @@ class PartialBag:
         features
             (n, dim) embeddings; what stands there for a tile that was not decoded is not kept.
         """
+        self.write(self.n_done, features, quality, decoded, precision=precision)
+
+    def write(
+        self,
+        at: int,
+        features: NDArray[np.float32],
+        quality: Quality,
+        decoded: NDArray[np.bool_],
+        *,
+        precision: str,
+    ) -> None:
+        """Write rows from the ``at``-th on, in place of those that stand there."""
         rows = np.zeros(len(features), dtype=self._dataset.dtype)
         rows["features"] = np.where(decoded[:, None], features, 0)
         rows["blur"], rows["pen"], rows["white"] = quality
         rows["decoded"] = decoded
         rows["precision"] = precision.encode()
-        rows["check"] = _checks(rows, self.n_done)
-        self._dataset[self.n_done : self.n_done + len(rows)] = rows
-        self._file.flush()
-        self.n_done += len(rows)
+        rows["check"] = _checks(rows, at)
+        try:
+            with naming(self._path):
+                self._dataset[at : at + len(rows)] = rows
+                self._file.flush()
+        except OSError:
+            _abandon(self._file)
+            raise
+        self.n_done = max(self.n_done, at + len(rows))
 
     def restart(self, n_rows: int) -> None:
         """Let only the first ``n_rows`` stand."""
@@ -95,6 +120,14 @@ class PartialBag:
             for name in names:
                 found[name].append(block[name].copy())
         return {name: np.concatenate(parts) for name, parts in found.items()}
+
+    def damaged(self, n_rows: int) -> dict[int, NDArray[np.bool_]]:
+        """Which tiles were decoded, of every ``n_rows`` rows that not all of them were of."""
+        if not self.n_done:
+            return {}
+        decoded = self.columns("decoded")["decoded"]
+        parts = {at: decoded[at : at + n_rows] for at in range(0, len(decoded), n_rows)}
+        return {at: part for at, part in parts.items() if not part.all()}
 
     def close(self) -> None:
         """Close the file and leave it."""
@@ -133,13 +166,26 @@ def open_partial(path: Path, *, key: str, n_rows: int, dim: int) -> PartialBag:
     try:
         if not _is_of(path, key, n_rows, dim):
             _create(path, key=key, n_rows=n_rows, dim=dim)
-        return PartialBag(path)
+        with naming(path):
+            return PartialBag(path)
     except BlockingIOError:
         raise DataError(
             "in_progress",
             "slide: found another run that writes its features, needed to be the only one; "
             "wait for it",
         ) from None
+
+
+def forget_partial(path: Path) -> None:
+    """Delete the partial bag of one that is whole, unless another process writes it."""
+    try:
+        with h5py.File(path, "r+", locking="best-effort"):
+            pass
+    except (BlockingIOError, FileNotFoundError):
+        return
+    except OSError:
+        pass  # no HDF5 any more
+    path.unlink(missing_ok=True)
 
 
 def _row(dim: int) -> np.dtype[np.void]:
@@ -167,9 +213,21 @@ def _create(path: Path, *, key: str, n_rows: int, dim: int) -> None:
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    with h5py.File(path, "w", locking="best-effort") as file:
+    with naming(path), new_file(path) as file:
         file.create_dataset("rows", shape=(n_rows,), dtype=_row(dim), dcpl=layout)
         file.attrs["key"] = key
+
+
+def _abandon(file: h5py.File) -> None:
+    """Close a file that cannot be written.
+
+    HDF5 holds on to what it could not write, tries again when the interpreter ends, and crashes.
+    Here it writes that to nowhere.
+    """
+    nowhere = os.memfd_create("unwritten")
+    os.dup2(nowhere, file.id.get_vfd_handle())
+    os.close(nowhere)
+    file.close()
 
 
 def _is_of(path: Path, key: str, n_rows: int, dim: int) -> bool:

@@ -7,6 +7,7 @@ may be ahead is bounded, so that neither a large slide nor a slow encoder fills 
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -16,18 +17,13 @@ import numpy as np
 from PIL import Image
 
 from modalities.cohort import DataError
-from modalities.files import digest_path, fingerprint, replacing
+from modalities.files import digest_path, fingerprint, replacing, sweep_beside
 from modalities.pathology.ahead import ahead
-from modalities.pathology.bags import (
-    count_tiles,
-    is_current,
-    read_marks,
-    write_finished,
-)
-from modalities.pathology.partial import PartialBag, open_partial
+from modalities.pathology.bags import count_tiles, read_marks, write_finished
+from modalities.pathology.partial import PartialBag, forget_partial, open_partial
 from modalities.pathology.planning import Plan, plan_slide
 from modalities.pathology.quality import Quality, is_good, tile_quality
-from modalities.pathology.reader import Undecodable, open_slide, unreadable
+from modalities.pathology.reader import open_slide, unreadable
 from modalities.pathology.reading import tile_reader
 from modalities.pathology.stain import normaliser
 from modalities.pathology.tiles import spread
@@ -48,6 +44,7 @@ if TYPE_CHECKING:
 
 _BATCHES_AHEAD = 3
 _STAIN_TILES = 64
+_SCALE = ("slide_mpp", "slide_mpp_source")
 
 
 class Encoder(Protocol):
@@ -123,7 +120,7 @@ class SlideJob:
     tabled_mpp
         Micrometres per pixel, for a slide that does not know.
     reuse
-        Leave a bag as it is that was made of the same slide under the same spec.
+        Leave a bag as it is that was made of the same slide under the same spec, with these marks.
     outline
         Where the outline of the tissue goes; None puts it beside the bag.
     picture
@@ -145,7 +142,7 @@ class SlideJob:
     @property
     def name(self) -> str:
         """Name of the slide's file without its suffix."""
-        return self.path.stem
+        return slide_name(self.path)
 
 
 @dataclass
@@ -170,7 +167,10 @@ class _Opened:
 
 @dataclass(frozen=True)
 class _Batch:
+    """Tiles from row ``at`` on."""
+
     slide: _Opened
+    at: int
     pixels: NDArray[np.uint8]
     quality: Quality
     decoded: NDArray[np.bool_]
@@ -211,17 +211,20 @@ def extract_slides(
         If the encoder cannot be loaded.
     """
     reading = _Reading(spec, encoder)
-    with ahead(reading.events(jobs), _BATCHES_AHEAD) as events:
-        try:
-            for event in events:
-                if isinstance(event, _Ended):
-                    yield event.job, _outcome(event, spec)
-                elif event.slide.fault is None:
-                    _embed(event)
-                    reading.settled.set()
-                    _tell(watch, event.slide)
-        finally:
-            reading.settled.set()
+    try:
+        with ahead(reading.events(jobs), _BATCHES_AHEAD) as events:
+            try:
+                for event in events:
+                    if isinstance(event, _Ended):
+                        yield event.job, _outcome(event, spec)
+                    elif event.slide.fault is None:
+                        _embed(event)
+                        reading.settled.set()
+                        _tell(watch, event.slide)
+            finally:
+                reading.settled.set()
+    finally:
+        reading.close()
 
 
 def digest_slide(path: Path) -> str:
@@ -245,6 +248,11 @@ def digest_slide(path: Path) -> str:
         ) from None
 
 
+def slide_name(path: Path) -> str:
+    """Name of a slide's file without its suffix, as text also where it is none in UTF-8."""
+    return os.fsencode(path.stem).decode(errors="backslashreplace")
+
+
 def partial_path(out_h5: Path) -> Path:
     """Where the rows of a bag stand until it is whole."""
     return out_h5.with_name(f"{out_h5.name}.partial")
@@ -264,6 +272,12 @@ class _Reading:
         self._spec = spec
         self._encoder = encoder
         self._has_read = False
+        self._partials: list[PartialBag] = []
+
+    def close(self) -> None:
+        """Let go of rows that were being written: the same process may go on with them."""
+        for partial in self._partials:
+            partial.close()
 
     def events(self, jobs: Iterable[SlideJob]) -> Generator[_Batch | _Ended, None, None]:
         """Yield the batches of every slide, and after each slide its end."""
@@ -280,18 +294,23 @@ class _Reading:
             yield _Ended(job, earlier=earlier)
             return
         with open_slide(job.path, tabled_mpp=job.tabled_mpp) as slide:
-            opened = self._open(job, slide, digest)
+            opened = self._open(job, slide, self._plan(slide), digest)
             fault = None
             try:
                 yield from self._batches(opened, slide)
             except DataError as error:
                 fault = error
-            except Undecodable:
+            except OSError:  # whatever cannot be written has its own thread
                 fault = unreadable()
             yield _Ended(job, slide=opened, fault=fault)
 
-    def _open(self, job: SlideJob, slide: Slide, digest: str) -> _Opened:
-        plan = plan_slide(slide, self._spec)
+    def _plan(self, slide: Slide) -> Plan:
+        try:
+            return plan_slide(slide, self._spec)
+        except OSError:  # a slide that went away
+            raise unreadable() from None
+
+    def _open(self, job: SlideJob, slide: Slide, plan: Plan, digest: str) -> _Opened:
         encoder, spec = self._encoder(), self._spec
         file_attrs = {
             **job.marks,
@@ -308,6 +327,8 @@ class _Reading:
         partial = open_partial(
             partial_path(job.out_h5), key=key, n_rows=len(plan.coords), dim=encoder.dim
         )
+        self._partials = [x for x in self._partials if x.is_open] + [partial]
+        sweep_beside(job.out_h5)  # nobody else writes it now
         self._agree_on_precision(partial, encoder)
         coords_attrs = _trident_attrs(slide, plan, spec)
         return _Opened(
@@ -331,22 +352,55 @@ class _Reading:
         if opened.partial.n_done < len(coords):
             # The same batches, since an embedding may depend on its batch in the last digit.
             opened.partial.restart(opened.partial.n_done // size * size)
+        n_done = opened.partial.n_done
+        damaged = opened.partial.damaged(size)
         with tile_reader(slide, tile_px=tile_px, mpp=mpp) as reader:
             opened.file_attrs["reader"] = reader.name
             normalise = _normaliser(reader, coords, spec)
             if normalise is not None:
                 opened.file_attrs["stain_fitted"] = np.array(normalise.fitted)
-            rest = coords[opened.partial.n_done :]
-            reader.expect(rest, tile_px=tile_px, mpp=mpp)
-            for at in range(0, len(rest), size):
+            reader.expect(coords[n_done:], tile_px=tile_px, mpp=mpp)
+            for at in range(n_done, len(coords), size):
+                batch = self._read(opened, reader, normalise, at)
+                if not batch.decoded.all():
+                    damaged[at] = batch.decoded
+                yield batch
                 if opened.fault is not None:
                     return
-                pixels, decoded = reader.read_tiles(rest[at : at + size], tile_px=tile_px, mpp=mpp)
-                self._has_read = True
-                quality = tile_quality(pixels, decoded)
-                yield _Batch(
-                    opened, pixels if normalise is None else normalise(pixels), quality, decoded
-                )
+            yield from self._once_more(opened, reader, normalise, damaged)
+
+    def _read(
+        self, opened: _Opened, reader: TileReader, normalise: Normaliser | None, at: int
+    ) -> _Batch:
+        xy = opened.coords[at : at + opened.encoder.batch_tiles]
+        pixels, decoded = reader.read_tiles(xy, tile_px=self._spec.tile_px, mpp=self._spec.tile_mpp)
+        quality = tile_quality(pixels, decoded)
+        if normalise is not None:
+            pixels = normalise(pixels)
+        self._has_read = True
+        return _Batch(opened, at, pixels, quality, decoded)
+
+    def _once_more(
+        self,
+        opened: _Opened,
+        reader: TileReader,
+        normalise: Normaliser | None,
+        damaged: Mapping[int, NDArray[np.bool_]],
+    ) -> Generator[_Batch, None, None]:
+        """Read batches with damaged tiles again: a disk that was away for a while damages none."""
+        if not damaged:
+            return
+        spec, size = self._spec, opened.encoder.batch_tiles
+        again = np.concatenate([opened.coords[at : at + size] for at in damaged])
+        reader.expect(again, tile_px=spec.tile_px, mpp=spec.tile_mpp)
+        whole = True
+        for at, before in damaged.items():
+            batch = self._read(opened, reader, normalise, at)
+            whole = whole and bool(batch.decoded.all())
+            if not np.array_equal(batch.decoded, before):
+                yield batch
+        if not whole and digest_slide(opened.job.path) != opened.file_attrs["input_digest"]:
+            raise unreadable()
 
 
 def _normaliser(
@@ -377,7 +431,7 @@ def _embed(batch: _Batch) -> None:
             "precision", "slide: found two precisions in its embeddings, needed one; run it again"
         )
         return
-    slide.partial.append(features, batch.quality, batch.decoded, precision=precision)
+    slide.partial.write(batch.at, features, batch.quality, batch.decoded, precision=precision)
 
 
 def _tell(watch: Watch | None, slide: _Opened) -> None:
@@ -472,11 +526,21 @@ def _done(name: str, n_tiles: int, n_damaged: int, reason: str = "") -> SlideOut
 
 def _earlier(job: SlideJob, digest: str, spec: PathologySpec) -> SlideOutcome | None:
     """Outcome of a bag that is there already; None where it has to be made."""
-    if not is_current(job.out_h5, input_digest=digest, spec_fingerprint=spec.fingerprint()):
+    expected = {
+        **job.marks, "input_digest": digest, "spec_fingerprint": spec.fingerprint()
+    }  # fmt: skip
+    marks = read_marks(job.out_h5, [*expected, "n_damaged_tiles", *_SCALE])
+    if marks is None or not expected.items() <= marks.items() or _is_rescaled(job, marks):
         return None
-    marks = read_marks(job.out_h5, ["n_damaged_tiles"]) or {}
+    forget_partial(partial_path(job.out_h5))  # a kill may have come between the two
     n_damaged = int(marks.get("n_damaged_tiles", "0"))
     return _done(job.name, count_tiles(job.out_h5), n_damaged, "unchanged")
+
+
+def _is_rescaled(job: SlideJob, marks: Mapping[str, str]) -> bool:
+    """Whether the user's table now says another resolution than the one that it gave a bag."""
+    mpp, source = (marks.get(name) for name in _SCALE)
+    return source == "table" and job.tabled_mpp is not None and mpp != str(job.tabled_mpp)
 
 
 def _trident_attrs(slide: Slide, plan: Plan, spec: PathologySpec) -> dict[str, Any]:
@@ -488,7 +552,7 @@ def _trident_attrs(slide: Slide, plan: Plan, spec: PathologySpec) -> dict[str, A
         "level0_magnification": round(10 / slide.mpp),
         "target_magnification": round(10 / spec.tile_mpp),
         "overlap": spec.tile_px - stride_px,
-        "name": slide.path.stem,
+        "name": slide_name(slide.path),
         "savetodir": ".",
         "level0_width": width,
         "level0_height": height,

@@ -13,7 +13,12 @@ from modalities.files import replacing
 from modalities.pathology.devices import extract_over, found_devices
 from modalities.pathology.encoder import check_encoder_name, load_tile_encoder
 from modalities.pathology.layouts import places, write_coords
-from modalities.pathology.pipeline import SlideJob, SlideOutcome, extract_slides
+from modalities.pathology.pipeline import (
+    SlideJob,
+    SlideOutcome,
+    extract_slides,
+    slide_name,
+)
 from modalities.pathology.reader import SUFFIXES
 from modalities.pathology.scale import MppTable, read_mpp_table
 
@@ -239,7 +244,7 @@ def _in_order(
 
 def _duplicate(path: Path) -> SlideOutcome:
     reason = "slide: found an earlier slide of this name; rename one"
-    return SlideOutcome(path.stem, "failed", "duplicate_name", reason)
+    return SlideOutcome(slide_name(path), "failed", "duplicate_name", reason)
 
 
 def _manifest_slides(manifest: Path) -> list[Path]:
