@@ -109,16 +109,21 @@ def test_a_level_that_shows_another_part_is_not_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(*found)
 
 
-@pytest.mark.parametrize(("tag", "size"), [("ImageWidth", 60_000), ("TileLength", 12_288)])
+@pytest.mark.parametrize(
+    ("tag", "size", "is_sound"),
+    [("ImageWidth", 60_000, False), ("TileWidth", 65_520, False), ("TileLength", 12_288, True)],
+)
 def test_a_slide_whose_tiles_do_not_fit_its_size_fails_alone(
-    tmp_path: Path, tag: str, size: int
+    tmp_path: Path, tag: str, size: int, is_sound: bool
 ) -> None:
     path = set_size(write_slide(tmp_path / "s.tif", scene(600)), tag, size)
+    if tag == "TileWidth":
+        set_size(path, "TileLength", 12_288)
     index = tiff_index.read_index(path)
     assert index is not None
     assert index.jpeg_levels == ()
-    assert index.is_complete == (tag == "TileLength")
-    if not index.is_complete:
+    assert index.is_sound == is_sound
+    if not is_sound:
         with pytest.raises(DataError) as error:
             pathology.check_slide(path, SPEC)
         assert code_of(error) == "unreadable_slide"

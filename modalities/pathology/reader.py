@@ -252,7 +252,7 @@ def check_whole(slide: Slide) -> None:
     """
     if slide.index is not None:
         n_bytes = slide.path.stat().st_size
-        if not slide.index.is_complete or slide.index.n_bytes_needed > n_bytes:
+        if not slide.index.is_sound or slide.index.n_bytes_needed > n_bytes:
             raise unreadable()
         return
     try:

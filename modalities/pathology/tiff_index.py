@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 _MOST_DIRECTORIES = 1000
+_MOST_TILE_PIXELS = 1 << 28
 _JPEG, _RGB, _YCBCR = 7, 2, 6
 _JPEG2000 = (33003, 33005, 34712)
 _MALFORMED = (
@@ -76,8 +77,8 @@ class TiffIndex:
     ----------
     n_bytes_needed
         End of the last stored tile of any level.
-    is_complete
-        Whether every tile of every level has a place in the file.
+    is_sound
+        Whether every tile of every level has a place in the file, and fits in memory.
     jpeg_levels
         Those of its levels that are tiled JPEG with eight bits in three channels.
     jpeg2000_levels
@@ -85,7 +86,7 @@ class TiffIndex:
     """
 
     n_bytes_needed: int
-    is_complete: bool
+    is_sound: bool
     jpeg_levels: tuple[StoredTiles, ...]
     jpeg2000_levels: tuple[StoredTiles, ...] = ()
 
@@ -100,10 +101,10 @@ def read_index(path: Path) -> TiffIndex | None:
             ends = [_end(page) for page in pages]
             jpeg = [_stored(page) for page in pages if _is_plain_jpeg(page)]
             jpeg2000 = [_stored(page) for page in pages if _is_jpeg2000(page)]
-            is_complete = all(_n_listed(page) >= _n_tiles(page) for page in pages)
+            is_sound = all(_is_sound(page) for page in pages)
     except _MALFORMED:
         return None
-    return TiffIndex(max(ends), is_complete, tuple(jpeg), tuple(jpeg2000)) if ends else None
+    return TiffIndex(max(ends), is_sound, tuple(jpeg), tuple(jpeg2000)) if ends else None
 
 
 def of_size(levels: Iterable[StoredTiles], size_px: tuple[int, int]) -> StoredTiles | None:
@@ -155,8 +156,10 @@ def _n_tiles(page: Any) -> int:
     return int(columns * rows)
 
 
-def _n_listed(page: Any) -> int:
-    return min(len(page.dataoffsets), len(page.databytecounts))
+def _is_sound(page: Any) -> bool:
+    # OpenSlide ends the whole process where it gets no memory for a tile.
+    fits = page.tilewidth * page.tilelength <= _MOST_TILE_PIXELS
+    return fits and min(len(page.dataoffsets), len(page.databytecounts)) >= _n_tiles(page)
 
 
 def _lists_its_tiles(page: Any) -> bool:
