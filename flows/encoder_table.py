@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Final
+
 from rich.table import Table
 
-from modalities.pathology.encoder_names import KNOWN_ENCODERS, KnownEncoder
+from modalities.pathology.encoder_names import KNOWN_ENCODERS
 
-_COLUMNS = ("name", "also", "dim", "million", "tiles", "weights of", "licence", "weights are")
+if TYPE_CHECKING:
+    from modalities.pathology.encoder_names import KnownEncoder
+
+_WIDE_COLUMNS: Final = 140
+_ONLY_WIDE: Final = frozenset({"million", "weights of"})
 
 
-def encoder_table() -> Table:
-    """Make the table, one row per encoder."""
-    table = Table(*_COLUMNS, box=None, header_style="bold", pad_edge=False)
-    for known in KNOWN_ENCODERS:
-        table.add_row(*_row(known))
+def encoder_table(columns: int) -> Table:
+    """Make the table, one row per encoder, for so many columns; nothing in it is cut off."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    rows = [_row(known) for known in KNOWN_ENCODERS]
+    shown = [x for x in rows[0] if columns >= _WIDE_COLUMNS or x not in _ONLY_WIDE]
+    for column in shown:
+        least = max(len(row[column]) for row in rows) if column in {"name", "dim"} else None
+        table.add_column(column, overflow="fold", min_width=least)
+    for row in rows:
+        table.add_row(*(row[column] for column in shown))
     return table
 
 
-def _row(known: KnownEncoder) -> tuple[str, ...]:
+def _row(known: KnownEncoder) -> dict[str, str]:
     million = known.million_parameters
-    return (
-        known.name,
-        ", ".join(known.aliases),
-        str(known.dim),
-        "" if million is None else f"{million:.0f}",
-        f"{known.tile_px} px at {known.mpp:g}",
-        known.repository,
-        known.licence,
-        f"{known.access}; needs {known.needs}" if known.needs else known.access,
-    )
+    access = "on request" if known.gated else "public"
+    return {
+        "name": known.name,
+        "also": ", ".join(known.aliases),
+        "dim": str(known.dim),
+        "million": "" if million is None else f"{million:.0f}",
+        "tiles": f"{known.tile_px} px at {known.mpp:g}",
+        "weights of": known.repository,
+        "licence": known.licence,
+        "weights are": f"{access}, not run here" if known.needs else access,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -25,6 +26,17 @@ Out = Annotated[Path, typer.Option("--out", help="Folder, or for tables a file e
 Study = Annotated[
     Path | None, typer.Option("--study", help="Take the settings from this study.toml.")
 ]
+_TYPED = "COMMANDLINE"
+_OF_SPEC = frozenset({
+    "encoder", "tile_px", "tile_mpp", "stride_px", "min_tissue", "max_tiles", "tissue",
+    "only_good", "stain", "precision",
+})  # fmt: skip
+_ODD_OPTIONS = {
+    "stride_px": "--stride",
+    "min_tissue_fraction": "--min-tissue",
+    "weights_sha256": "--weights",
+}
+
 Names = Annotated[str, typer.Option(help="Column names, separated by commas.")]
 
 
@@ -99,17 +111,26 @@ def _list_encoders(wanted: bool) -> None:
     if wanted:
         from flows.encoder_table import encoder_table
 
-        table = encoder_table()
-        wide = Console(width=None if _OUT.is_terminal else 200)
-        wide.print(table, highlight=False)
+        # Into a file or a pipe goes one line per encoder.
+        wide = _OUT if _OUT.is_terminal else Console(width=400)
+        wide.print(encoder_table(wide.width), highlight=False)
+        _say(
+            "dim: length of an embedding; million: parameters; tiles: as the authors recommend, in "
+            "pixels at micrometres per pixel"
+        )
+        _say("not run here: needs its authors' own code; features made elsewhere can join a study")
         _say("besides: any name that timm knows, and hf-hub:owner/name")
         raise typer.Exit
 
 
 @extract_app.command()
 def pathology(
-    source: Annotated[Path, typer.Argument(help="A slide, a folder of slides, or a manifest CSV.")],
-    out: Out,
+    ctx: typer.Context,
+    source: Annotated[
+        Path,
+        typer.Argument(help="A slide, a folder (with what is below it), or a manifest CSV."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write to, and to go on in.")],
     encoder: Annotated[
         str, typer.Option(help="A name that --list-encoders shows, a timm or hf-hub: name.")
     ] = "tf_efficientnet_lite0",
@@ -124,7 +145,8 @@ def pathology(
         typer.Option(help="Micrometres per pixel of a tile; by default the encoder's own."),
     ] = None,
     stride_px: Annotated[
-        int | None, typer.Option("--stride", help="Step of the grid in tile pixels.")
+        int | None,
+        typer.Option("--stride", help="Step of the grid in tile pixels; a smaller one overlaps."),
     ] = None,
     min_tissue: Annotated[
         float, typer.Option("--min-tissue", help="Least share of a tile that is tissue.")
@@ -166,10 +188,11 @@ def pathology(
 ) -> None:
     """Turn slides into bags of tile embeddings (HDF5) and tissue outlines (GeoJSON)."""
     from flows.slide_progress import SlideProgress
-    from modalities.pathology import Manner, PathologySpec, check_encoder_name, extract, find_slides
+    from modalities.pathology import Manner, check_encoder_name, extract, find_slides
 
+    _check_folder(out)
     if study is not None:
-        spec = _from_study(study, PathologySpec)
+        spec = _slides_of_study(study, ctx, weights)
     else:
         check_encoder_name(encoder)
         spec = _slide_spec(
@@ -194,6 +217,39 @@ def pathology(
         what = f"{outcome.code}: {outcome.reason}" if outcome.code else outcome.reason
         _say(f"{outcome.slide}: {', '.join(x for x in (outcome.outcome, tiles, what) if x)}")
     _say(f"features, outlines and outcomes.csv in {out}")
+
+
+def _check_folder(out: Path) -> None:
+    from flows.terminal import UsageError
+
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out: found a file {out.name}, needed a folder; name another")
+
+
+def _slides_of_study(study: Path, ctx: typer.Context, weights: Path | None) -> PathologySpec:
+    """Take the spec of a study, beside which nothing may ask for other features in silence."""
+    from flows.terminal import UsageError
+    from modalities.pathology import PathologySpec, WrongWeights
+
+    typed = [x for x in ctx.params if getattr(ctx.get_parameter_source(x), "name", "") == _TYPED]
+    others = sorted(_as_option(x) for x in {*typed} & _OF_SPEC)
+    if others:
+        raise UsageError(
+            f"--study: found {', '.join(others)} beside it, needed the study's settings alone; "
+            "leave out the one or the other"
+        )
+    spec = _from_study(study, PathologySpec)
+    if weights is not None and spec.weights_sha256 is None:
+        raise WrongWeights(
+            "weights: found a file beside --study and no weights_sha256 in the study, needed it "
+            "there, so that features tell what made them; ask the study lead"
+        )
+    return spec
+
+
+def _as_option(name: str) -> str:
+    """Give an option as it is typed, from the name of a parameter or of a field of a spec."""
+    return _ODD_OPTIONS.get(name, f"--{name.replace('_', '-')}")
 
 
 def _slide_spec(encoder: str, weights: Path | None, **fields: Any) -> PathologySpec:
@@ -326,7 +382,9 @@ def _spec(kind: type[Spec], **values: object) -> Spec:
     try:
         return kind(**values)
     except ValidationError as error:
-        raise UsageError(describe_errors(error, source="option")) from None
+        text = describe_errors(error, source="option")
+        options = re.sub(r"^option: (\w+)", lambda x: _as_option(x[1]), text, flags=re.MULTILINE)
+        raise UsageError(options) from None
 
 
 def _levels(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -196,7 +196,7 @@ def test_a_table_is_extracted_alone(run: Call, tmp_path: Path) -> None:
     assert "2 done, 1 set aside" in out
     assert sentence(run("extract", "tabular", "no.csv", "--out", "f"))
     found = sentence(run("extract", "tabular", "t.csv", "--out", "f", "--columns", "hb,hb"))
-    assert found.startswith("option: columns: needed distinct")
+    assert found.startswith("--columns: needed distinct")
 
 
 def test_a_registry_is_extracted_alone(run: Call, tmp_path: Path) -> None:
@@ -242,13 +242,13 @@ def test_a_scan_is_extracted_alone(run: Call, tmp_path: Path) -> None:
     status, out, _ = run("extract", "radiology", "ct.nii.gz", "--mask", "no.nii.gz", *options)
     assert "Traceback" not in out
     found = sentence(run("extract", "radiology", "ct.nii.gz", *options, "--spacing-mm", "2,2"))
-    assert found.startswith("option: spacing_mm")
+    assert found.startswith("--spacing-mm")
 
 
 def test_extracting_from_nothing_is_one_sentence(run: Call, tmp_path: Path) -> None:
     assert sentence(run("extract", "pathology", "slides", "--out", "f"))
     found = sentence(run("extract", "pathology", "slides", "--out", "f", "--tile-px", "3"))
-    assert found.startswith("option: tile_px: input should be greater")
+    assert found.startswith("--tile-px: input should be greater")
 
 
 SLOW_IMPORTS = """

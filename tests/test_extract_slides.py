@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -11,9 +12,11 @@ import h5py
 import numpy as np
 import pytest
 import timm
+from rich.console import Console
 from safetensors.torch import save_file
 
 from flows.cli import main
+from flows.demo import demo_protocol
 from flows.slide_progress import SlideProgress
 from modalities.files import digest_path
 from modalities.pathology import TileCount
@@ -100,7 +103,13 @@ def test_what_cannot_be_done_as_typed_is_one_sentence(run: Call, tmp_path: Path)
         (("--encoder", "uni_v3"), "close names are uni_v"),
         (("--weights", "none.pth"), "--weights: found no file none.pth"),
         ((*TINY, "--weights", "bad.pth"), "does not read as tensors"),
-        (("--min-tissue", "2"), "min_tissue_fraction"),
+        (("--min-tissue", "2"), "consilium: --min-tissue: input should be less than or equal to 1"),
+        (("--stride", "0"), "consilium: --stride: input should be greater"),
+        (("--tile-px", "8"), "consilium: --tile-px: input should be greater"),
+        (("--tissue", "hest"), "consilium: --tissue: found 'hest', needed one of none, otsu"),
+        (("--encoder", "UNI_V3"), "close names are uni_v"),
+        (("--encoder", "h-optimus-2"), "close names are hoptimus"),
+        (("--out", "bad.pth"), "--out: found a file bad.pth, needed a folder"),
         (("--mpp-csv", "none.csv"), "mpp table: found no CSV"),
     ):
         status, out, err = run("a.tif", "--out", "f", *options)
@@ -111,12 +120,43 @@ def test_what_cannot_be_done_as_typed_is_one_sentence(run: Call, tmp_path: Path)
         assert "Traceback" not in err
 
 
-def test_the_encoders_are_listed(run: Call) -> None:
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    path, text = tmp_path / "study.toml", demo_protocol(tables_only=False)
+    assert 'encoder = "tf_efficientnet_lite0"\n' in text
+    path.write_text(text.replace('"tf_efficientnet_lite0"', '"test_efficientnet"'))
+    return path
+
+
+def test_beside_a_study_nothing_of_it_is_left_out_in_silence(
+    run: Call, tmp_path: Path, study: Path, weights: Path
+) -> None:
+    write_slide(tmp_path / "a.tif", scene())
+    for options, sentence in (
+        (("--stride", "112", *TINY), "--study: found --encoder, --stride beside it, needed "),
+        (("--weights", weights), "weights: found a file beside --study and no weights_sha256"),
+    ):
+        status, out, err = run("a.tif", "--out", "f", "--study", study, *options)
+        assert (status, out) == (2, ""), err
+        assert sentence in err
+        assert err.count("\n") == 1
+    pinned = f'encoder = "test_efficientnet"\nweights_sha256 = "{digest_path(weights)}"'
+    study.write_text(study.read_text().replace('encoder = "test_efficientnet"', pinned))
+    status, out, err = run("a.tif", "--out", "f", "--study", study, "--weights", weights)
+    assert (status, err) == (0, ""), err
+
+
+@pytest.mark.parametrize("columns", ["80", "100", "200"])
+def test_the_encoders_are_listed(run: Call, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setattr("flows.extract_cli._OUT", Console(force_terminal=True, width=int(columns)))
     status, out, _ = run("--list-encoders")
     assert status == 0
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in out.splitlines()]
     for known in KNOWN_ENCODERS:
-        assert f"\n{known.name} " in out
+        assert any(line.startswith(f"{known.name} ") for line in lines), known.name
     assert "://" not in out
+    assert "…" not in out  # nothing is cut off
+    assert max(len(line.rstrip()) for line in lines[:-3]) <= int(columns)
 
 
 def test_an_encoders_own_tiles_are_cut_unless_others_are_asked_for() -> None:

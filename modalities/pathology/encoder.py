@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from modalities.pathology.encoder_names import known_encoder
+from modalities.pathology.encoder_names import canonical_name, known_encoder
 from modalities.pathology.spec import DEFAULT_ENCODER
 
 if TYPE_CHECKING:
@@ -144,8 +144,10 @@ def _check_with_timm(name: str) -> None:
         return
     from modalities.pathology.encoder_names import KNOWN_ENCODERS
 
-    known = [row.name for row in KNOWN_ENCODERS]
-    close = difflib.get_close_matches(name, [*known, *timm.list_models()], n=3, cutoff=0.5)
+    known = [x for row in KNOWN_ENCODERS for x in (row.name, *row.aliases)]
+    names = [*known, *timm.list_models()]
+    near = difflib.get_close_matches(name.casefold(), names, n=5, cutoff=0.5)
+    close = list(dict.fromkeys(canonical_name(x) for x in near))[:3]
     hint = f"; close names are {', '.join(close)}" if close else ""
     raise UnknownEncoder(
         f"encoder: found {name!r}, needed a timm model name, hf-hub:owner/name or one that "
