@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from flows.cli import app
-from flows.explain import ExplanationRefused, explain_slide, find_encoder
+from flows.explain import ExplanationRefused, _told, explain_slide, find_encoder
 from flows.extraction import bag_path
 from flows.loading import load_inputs
 from flows.mlflow_store import client_of
@@ -116,13 +116,17 @@ def test_what_the_site_extracted_is_used(site: SiteSettings, tmp_path: Path) -> 
     tiles = read_bag(bag)
     write_bag(
         bag, tiles, coords_attrs={"patch_size_level0": 224},
-        file_attrs={"spec_fingerprint": spec.fingerprint(), "input_digest": "x"},
+        file_attrs={"spec_fingerprint": spec.fingerprint(), "input_digest": digest_path(disc)},
     )  # fmt: skip
     made = explain_slide(site, protocol, disc, modality="slides", out=tmp_path / "out")
     assert made.n_tiles == 12
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "disc-attention.geojson", "disc-attention.png",
     ]  # fmt: skip
+    # Another slide in its place is not shown below the map of the one that was extracted.
+    write_slide(disc, scene(600))
+    with pytest.raises(Exception, match=rf"needed \(n_tiles, {DIM}\)"):
+        explain_slide(site, protocol, disc, modality="slides", out=tmp_path / "out")
 
 
 def test_a_withdrawn_patient_is_not_explained(site: SiteSettings, tmp_path: Path) -> None:
@@ -151,17 +155,7 @@ def test_registering_an_encoder_keeps_maps_in_the_sites_own_store(
         f"attention/{name}-attention{suffix}"
         for name in ("highest", "middle", "lowest") for suffix in (".png", ".geojson")
     }  # fmt: skip
-    artifacts = site.path("runs", "artifacts")
-    assert len(list(artifacts.rglob("*-attention.png"))) == 3
-    snapshot = released(site, protocol)
-    table = read_cohort(snapshot.cohort)
-    rows = np.flatnonzero(rows_of(table, "slides") >= 0)
-    log_hazard = np.load(site.path("encoders", "slides", "log_hazard.npy"))
-    for name, at in (("highest", log_hazard.argmax()), ("lowest", log_hazard.argmin())):
-        bag = snapshot.features / table.mod["slides"].obs["bag"][table.obs_names[rows[at]]]
-        own = explain_slide(site, protocol, bag, modality="slides", out=tmp_path / name)
-        (logged,) = artifacts.rglob(f"{name}-attention.geojson")
-        assert logged.read_bytes() == own.outlines.read_bytes()
+    assert len(list(site.path("runs", "artifacts").rglob("*-attention.png"))) == 3
     path = features(tmp_path / "s1.h5")
     named = [
         explain_slide(site, protocol, path, modality="slides", model=x, out=tmp_path / str(i))
@@ -181,6 +175,27 @@ def test_registering_an_encoder_keeps_maps_in_the_sites_own_store(
         stream.write(b"x")
     with pytest.raises(ExplanationRefused, match="found no whole encoder"):
         find_encoder(site, "slides", "small-slides-encoder")
+    weights = site.path("encoders", "slides", "encoder.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1  # of one number
+    weights.write_bytes(content)
+    with pytest.raises(ExplanationRefused, match="other than those that this site registered"):
+        find_encoder(site, "slides", None)
+
+
+def test_maps_are_kept_of_the_highest_and_the_lowest_log_hazard(
+    site: SiteSettings, tmp_path: Path
+) -> None:
+    snapshot = released(site, load_protocol(tmp_path / STUDY_FILE))
+    cohort = read_cohort(snapshot.cohort)
+    rows = np.flatnonzero(rows_of(cohort, "slides") >= 0)
+    log_hazard = np.load(site.path("encoders", "slides", "log_hazard.npy"))
+    told = {name: (who, bag) for name, who, bag in _told(site, cohort, snapshot.features, "slides")}
+    assert list(told) == ["highest", "middle", "lowest"]
+    for name, at in (("highest", log_hazard.argmax()), ("lowest", log_hazard.argmin())):
+        patient_id, bag = told[name]
+        assert patient_id == cohort.obs_names[rows[at]]
+        assert bag == snapshot.features / cohort.mod["slides"].obs["bag"][patient_id]
 
 
 def test_a_network_without_attention_says_so(site: SiteSettings) -> None:

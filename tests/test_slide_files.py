@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -13,11 +13,12 @@ import pytest
 from modalities import pathology
 from modalities.cohort import DataError
 from modalities.files import replacing
-from modalities.pathology import Manner, PathologySpec, partial, spec, stain, tissue
+from modalities.pathology import Manner, PathologySpec, partial, pipeline, spec, stain, tissue
 from modalities.pathology.bags import Bag, write_bag, write_finished
 from modalities.pathology.overview import Overview
+from modalities.pathology.pipeline import partial_path
 from modalities.pathology.planning import plan_slide
-from modalities.pathology.quality import Quality, tile_quality
+from modalities.pathology.quality import Quality, is_good, tile_quality
 from modalities.pathology.reader import open_slide
 from modalities.pathology.reading import tile_reader
 from tests.slides_on_disk import Averages, code_of, column, scene, with_hole, write_slide
@@ -54,6 +55,47 @@ def test_rows_beyond_a_block_stand_until_the_first_wrong_one(tmp_path: Path, n_w
     np.testing.assert_array_equal(np.concatenate(found), features[:n_whole])
 
 
+OTHER = {
+    "marks": {"marks": {"code_version": "2"}},
+    "slide": {"input_digest": "b" * 64},
+    "spec": {"spec": SPEC.model_copy(update={"max_pen": 0.2})},
+    "batches": {"encoder": Averages(batch_tiles=8)},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("other", OTHER)
+def test_rows_go_on_only_where_all_that_they_depend_on_is_the_same(
+    tmp_path: Path, other: str
+) -> None:
+    """What stands there cannot come of this slide, so that it shows whether it was used."""
+    path, out = write_slide(tmp_path / "s.tif", scene(600)), tmp_path / "s.h5"
+    usual = {
+        "marks": {"code_version": "1"}, "input_digest": "a" * 64, "spec": SPEC,
+        "encoder": Averages(batch_tiles=4),
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "write_finished", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _extracted(path, out, usual)
+    with h5py.File(partial_path(out), "r+") as file:
+        rows = file["rows"][()]
+        rows["features"] = 77
+        rows["check"] = partial._checks(rows, 0)
+        file["rows"][:] = rows
+    _extracted(path, out, usual | OTHER[other])
+    assert (column(out, "features") == 77).all() == (other == "nothing")
+
+
+def _extracted(path: Path, out: Path, options: dict[str, Any]) -> None:
+    rest = {x: options[x] for x in ("marks", "input_digest")}
+    pathology.extract_slide(path, out, options["spec"], options["encoder"], **rest)
+
+
+def _interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_kept_rows_of_every_block_make_up_the_bag(tmp_path: Path) -> None:
     bag, features = appended(tmp_path / "p", 1100, 1100)
     coords = np.arange(2200).reshape(-1, 2)
@@ -65,6 +107,17 @@ def test_kept_rows_of_every_block_make_up_the_bag(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.features, features[kept])
     blur = column(tmp_path / "a.h5", "tiles/blur")
     np.testing.assert_array_equal(blur, np.linspace(0, 1, 1100, dtype=np.float32))
+
+
+def test_silent_damage_to_coordinates_is_an_error(tmp_path: Path) -> None:
+    path, coords = tmp_path / "a.h5", np.arange(1000, 1020).reshape(-1, 2)
+    write_bag(path, Bag(coords, np.ones((10, 3), np.float32)), coords_attrs={}, file_attrs={})
+    content = bytearray(path.read_bytes())
+    content[content.index(coords.tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        pathology.read_bag(path)
+    assert code_of(error) == "unreadable_bag"
 
 
 def test_a_bag_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
@@ -181,6 +234,15 @@ def test_a_slide_needs_as_many_good_tiles_as_are_asked_for(tmp_path: Path) -> No
     with pytest.raises(DataError, match=f"found {n_good} of .*, needed {n_good + 1}") as error:
         pathology.extract_slide(path, tmp_path / "more.h5", more, Averages())
     assert code_of(error) == "few_good_tiles"
+
+
+@pytest.mark.parametrize("name", Quality._fields)
+def test_each_limit_of_a_good_tile_counts_by_itself(name: str) -> None:
+    limits = PathologySpec(max_blur=0.5, max_pen=0.25, max_white=0.75)
+    least = {x: np.zeros(3, dtype=np.float32) for x in Quality._fields}
+    limit = getattr(limits, f"max_{name}")
+    found = Quality(**least | {name: np.array([0.0, limit, limit + 0.01], dtype=np.float32)})
+    assert is_good(found, np.ones(3, bool), limits).tolist() == [True, True, False]
 
 
 def test_the_drawn_outline_lies_where_the_tissue_does() -> None:

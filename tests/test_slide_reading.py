@@ -368,6 +368,19 @@ def test_a_real_slide_that_broke_off_is_unreadable(tmp_path: Path, cmu: Path, sh
     assert code_of(error) == "unreadable_slide"
 
 
+def test_a_slide_whose_directories_come_first_is_seen_to_have_broken_off(tmp_path: Path) -> None:
+    path = write_slide(tmp_path / "s.tif", scene())
+    pathology.check_slide(path, SPEC)
+    with TiffFile(path) as file:
+        tag = file.pages[0].tags["TileOffsets"]
+        kind = {4: "<I", 16: "<Q"}[int(tag.dtype)]
+    at = tag.valueoffset + 15 * struct.calcsize(kind)
+    overwrite(path, at, struct.pack(kind, path.stat().st_size - 8))
+    with pytest.raises(DataError) as error:
+        pathology.check_slide(path, SPEC)
+    assert code_of(error) == "unreadable_slide"
+
+
 def spoil(path: Path, number: int, how: str) -> None:
     """Damage one stored tile."""
     at, n_bytes = stored_tile(path, number)
@@ -440,6 +453,10 @@ def test_what_is_damaged_at_every_level_is_left_unread(tmp_path: Path) -> None:
     expected[64:128, 64:128] = True
     np.testing.assert_array_equal(found.unread, expected)
     np.testing.assert_array_equal(found.rgb, again.rgb)
+    with reader.open_slide(path) as slide:
+        touched = overview.thumbnail(slide, 7.0)  # stored tiles end within its pixels
+    assert touched.unread[36:74, 36:74].all()
+    assert touched.unread.sum() == 38 * 38
 
 
 @pytest.mark.parametrize("options", [{}, YCBCR])

@@ -103,3 +103,8 @@ def test_the_grid_reaches_the_last_pixel_and_half_of_a_tile_is_enough() -> None:
     mask[:, ::2] = True
     coords = tiles.tile_coords((30, 20), tiles.Geometry(10, 10), mask, 5.0, min_tissue_fraction=0.5)
     assert coords.tolist() == [[x, y] for y in (0, 10) for x in (0, 10, 20)]
+
+
+def test_the_tiles_that_are_kept_of_many_are_from_all_over_the_slide() -> None:
+    coords = np.arange(200).reshape(-1, 2)
+    np.testing.assert_array_equal(tiles.spread(coords, 10), coords[::10])
