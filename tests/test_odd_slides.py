@@ -21,10 +21,19 @@ from modalities.pathology import (
     reading,
     scale,
     slides,
+    stain,
     tiff_index,
     tissue,
 )
-from tests.slides_on_disk import code_of, overwrite, scene, stored_tile, touching, write_slide
+from tests.slides_on_disk import (
+    Averages,
+    code_of,
+    overwrite,
+    scene,
+    stored_tile,
+    touching,
+    write_slide,
+)
 
 SPEC = PathologySpec(tile_px=128)
 
@@ -221,6 +230,58 @@ def test_pen_does_not_hide_pale_tissue() -> None:
     found = tissue.otsu_mask(picture, 8.0)
     np.testing.assert_array_equal(found[70:], alone[70:])
     assert found[:55].all()
+
+
+@pytest.mark.parametrize("method", ["macenko", "reinhard"])
+def test_pen_does_not_pass_for_a_dye(method: stain.Method) -> None:
+    tiles = np.array(Image.fromarray(scene(1000)).crop((300, 300, 700, 700)))[None]
+    expected = stain.measure(tiles, method)
+    inked = np.concatenate([tiles, np.full_like(tiles, (20, 140, 60))[:, :40]], axis=1)
+    assert stain.measure(inked, method) == pytest.approx(np.array(expected), abs=1e-9)
+
+
+class Replacing(Averages):
+    """Has another slide put into the place of the one that is read."""
+
+    def __init__(self, path: Path, other: Path) -> None:
+        super().__init__()
+        self.path, self.other = path, other
+
+    def embed(self, tiles: np.ndarray) -> np.ndarray:
+        if self.other.exists():
+            self.other.replace(self.path)
+        return super().embed(tiles)
+
+
+@pytest.mark.parametrize("is_same", [False, True])
+def test_a_slide_that_is_replaced_while_it_is_read_leaves_no_rows(
+    tmp_path: Path, is_same: bool
+) -> None:
+    path = write_slide(tmp_path / "s.tif", scene(1000))
+    other = write_slide(tmp_path / "other", scene(1000) if is_same else scene(1000)[::-1].copy())
+    out = tmp_path / "s.h5"
+    if is_same:
+        assert other.read_bytes() == path.read_bytes()
+        pathology.extract_slide(path, out, SPEC, Replacing(path, other))
+        return
+    with pytest.raises(DataError) as error:
+        pathology.extract_slide(path, out, SPEC, Replacing(path, other))
+    assert code_of(error) == "changed_slide"
+    assert not list(tmp_path.glob("s.h5*"))
+    pathology.extract_slide(path, out, SPEC, Averages())
+
+
+def test_the_outline_beside_a_bag_counts_from_the_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_slide(tmp_path / "s.tif", scene(600))
+    corners = []
+    for shown_from in ((0, 0), (50, 20)):
+        monkeypatch.setattr(reader.Slide, "shown_from", shown_from)
+        pathology.extract_slide(path, tmp_path / "s.h5", SPEC, Averages())
+        (feature,) = json.loads((tmp_path / "s.geojson").read_text())["features"]
+        corners.append(np.array(feature["geometry"]["coordinates"][0]).min(axis=0))
+    np.testing.assert_allclose(corners[0] - corners[1], (50, 20))
 
 
 def test_an_outline_counts_from_where_a_viewer_begins(tmp_path: Path) -> None:

@@ -248,6 +248,23 @@ def digest_slide(path: Path) -> str:
         ) from None
 
 
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """Tell a file from one that was written to or put into its place; None where it is away."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _changed() -> DataError:
+    return DataError(
+        "changed_slide",
+        "slide: found another file than when its reading began, needed one that stays; "
+        "run it again",
+    )
+
+
 def slide_name(path: Path) -> str:
     """Name of a slide's file without its suffix, as text also where it is none in UTF-8."""
     return os.fsencode(path.stem).decode(errors="backslashreplace")
@@ -288,6 +305,7 @@ class _Reading:
                 yield _Ended(job, fault=fault)
 
     def _slide(self, job: SlideJob) -> Generator[_Batch | _Ended, None, None]:
+        before = _state(job.path)
         digest = job.input_digest or digest_slide(job.path)
         earlier = _earlier(job, digest, self._spec) if job.reuse else None
         if earlier is not None:
@@ -298,6 +316,8 @@ class _Reading:
             fault = None
             try:
                 yield from self._batches(opened, slide)
+                if _state(job.path) not in {before, None} and digest_slide(job.path) != digest:
+                    opened.fault = _changed()  # rows of two slides: none may stand
             except DataError as error:
                 fault = error
             except OSError:  # whatever cannot be written has its own thread
@@ -332,7 +352,7 @@ class _Reading:
         self._agree_on_precision(partial, encoder)
         coords_attrs = _trident_attrs(slide, plan, spec)
         return _Opened(
-            job, encoder, plan.coords, _beside(job, plan), partial, file_attrs, coords_attrs
+            job, encoder, plan.coords, _beside(job, plan, slide), partial, file_attrs, coords_attrs
         )
 
     def _agree_on_precision(self, partial: PartialBag, encoder: Encoder) -> None:
@@ -481,8 +501,10 @@ def _finish(slide: _Opened, spec: PathologySpec) -> SlideOutcome:
     return _done(job.name, int(np.count_nonzero(kept)), n_damaged)
 
 
-def _beside(job: SlideJob, plan: Plan) -> dict[Path, bytes]:
-    outline = outline_text(plan.mask, plan.overview.downsample).encode()
+def _beside(job: SlideJob, plan: Plan, slide: Slide) -> dict[Path, bytes]:
+    outline = outline_text(
+        plan.mask, plan.overview.downsample, shown_from=slide.shown_from
+    ).encode()
     found = {job.outline or job.out_h5.with_suffix(".geojson"): outline}
     if job.thumbnail is not None:
         found[job.thumbnail] = _jpeg(Image.fromarray(plan.overview.rgb))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol
 import numpy as np
 
 from modalities.cohort import DataError
+from modalities.pathology.quality import is_ink
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,6 +57,8 @@ class Normaliser(Protocol):
 def measure(tiles: Pixels, method: Method) -> Reference:
     """Measure the stain of tissue tiles (n, h, w, 3); a reference is what a slide gave here.
 
+    Pen is left out: a little of it would pass for a dye.
+
     References
     ----------
     Macenko and others, A method for normalizing histology slides for quantitative analysis, 2009.
@@ -68,7 +71,7 @@ def measure(tiles: Pixels, method: Method) -> Reference:
     """
     pixels = tiles[:, ::_SAMPLED_STEP_PX, ::_SAMPLED_STEP_PX].reshape(-1, 3)
     density = _density(pixels)
-    stained = (density > _LEAST_DENSITY).all(axis=1)
+    stained = (density > _LEAST_DENSITY).all(axis=1) & ~is_ink(pixels.astype(np.int16))
     if np.count_nonzero(stained) < _FEWEST_PIXELS:
         raise _too_little()
     if method == "macenko":
