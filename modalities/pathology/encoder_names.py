@@ -17,6 +17,10 @@ Pooling = Literal["model", "token", "token+mean", "third_stage"]
 Triple = tuple[float, float, float]
 
 _IMAGENET: Final[tuple[Triple, Triple]] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_OPENAI: Final[tuple[Triple, Triple]] = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
 _HALF: Final[tuple[Triple, Triple]] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _BIOPTIMUS: Final[tuple[Triple, Triple]] = (
     (0.707223, 0.578729, 0.703617),
@@ -242,7 +246,8 @@ KNOWN_ENCODERS: Final[tuple[KnownEncoder, ...]] = (
         options={"img_size": 224, "global_pool": "token"}, interpolation="bilinear",
     ),
     KnownEncoder(
-        "gpfm", "majiabo/GPFM", 1024, 303.2, "MIT", gated=False, files=("GPFM.pth",),
+        "gpfm", "majiabo/GPFM", 1024, 303.2, "CC-BY-NC-ND-4.0; MIT where its weights are", gated=False,
+        files=("GPFM.pth",),
         architecture="vit_large_patch14_dinov2", options={"img_size": 224, "init_values": 1e-5},
     ),
     KnownEncoder(
@@ -267,6 +272,7 @@ KNOWN_ENCODERS: Final[tuple[KnownEncoder, ...]] = (
     ),
     KnownEncoder(
         "conch_v1", "MahmoodLab/CONCH", 512, None, _NON_COMMERCIAL, gated=True, input_px=448,
+        normalisation=_OPENAI,
         tile_px=512, aliases=("conch",), needs="its authors' package conch",
     ),
     KnownEncoder(
@@ -279,7 +285,7 @@ KNOWN_ENCODERS: Final[tuple[KnownEncoder, ...]] = (
     ),
     KnownEncoder(
         "ctranspath", "", 768, None, "GPL-3.0", gated=False, tile_px=256, mpp=1.0,
-        aliases=("ctranspath-chief",),
+        aliases=("ctranspath-chief", "chief"),
         needs="the convolutional stem of its authors, whose licence does not allow it here",
     ),
     KnownEncoder(
