@@ -369,7 +369,7 @@ def test_a_real_slide_that_broke_off_is_unreadable(tmp_path: Path, cmu: Path, sh
 
 
 def test_a_slide_whose_directories_come_first_is_seen_to_have_broken_off(tmp_path: Path) -> None:
-    path = write_slide(tmp_path / "s.tif", scene())
+    path = write_slide(tmp_path / "s.tif", scene(), levels=2)  # OpenSlide reads all of the last
     pathology.check_slide(path, SPEC)
     with TiffFile(path) as file:
         tag = file.pages[0].tags["TileOffsets"]
