@@ -93,7 +93,11 @@ def embed_slides(
     """Write the bag of every input, and give those that cannot be used."""
     slides = {x.bag: x for x in inputs if not is_features(x.path)}
     excluded = list(_imported([x for x in inputs if is_features(x.path)], spec, modality))
-    jobs = [SlideJob(x.path, x.bag, input_digest=x.digest, marks=x.marks) for x in slides.values()]
+    # A batch that is tried again goes on with the slides that it had not come to.
+    jobs = [
+        SlideJob(x.path, x.bag, input_digest=x.digest, marks=x.marks, reuse=True)
+        for x in slides.values()
+    ]
     if not jobs:
         return excluded
     found = found_devices()

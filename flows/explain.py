@@ -9,12 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
-import h5py
 import numpy as np
 
 from flows.board_figures import attention_figure
 from flows.embedding import SlideInput, embed_slides, means_of
 from flows.extraction import bag_path
+from flows.loading import about_encoder
 from flows.sealed import note
 from flows.site_registry import WEIGHTS, encoder_folder, registered_encoders
 from flows.snapshots import FEATURES, is_withdrawn, released
@@ -22,7 +22,14 @@ from flows.terminal import UsageError
 from flows.tile_maps import TileMap, geometry_of, overview_of, slide_of
 from modalities.cohort import DataError, read_cohort, read_manifest, rows_of
 from modalities.files import digest_path, replacing
-from modalities.pathology import PathologySpec, check_features, digest_slide, is_features, read_bag
+from modalities.pathology import (
+    PathologySpec,
+    check_features,
+    digest_slide,
+    is_current,
+    is_features,
+    read_bag,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -272,7 +279,7 @@ def _size(path: Path) -> int:
 
 def _model_folder(settings: SiteSettings, modality: str, model: str | None) -> Path:
     if model is None:
-        return settings.path("encoders", modality)
+        return _last_trained(settings, modality)
     if (settings.home / model / WEIGHTS).is_file():  # an absolute path stays as it is
         return settings.home / model
     name, _, version = model.partition("/")
@@ -287,6 +294,20 @@ def _model_folder(settings: SiteSettings, modality: str, model: str | None) -> P
         raise ExplanationRefused(
             f"--model: found no whole encoder {model!r} at this site, needed "
             f"{' or '.join(known) or 'one that it has registered'}, NAME/VERSION or a folder"
+        )
+    return folder
+
+
+def _last_trained(settings: SiteSettings, modality: str) -> Path:
+    folder = settings.path("encoders", modality)
+    about = about_encoder(folder)
+    key = None if about is None else about["key"]
+    found = [x for x in registered_encoders(settings) if (x.modality, x.key) == (modality, key)]
+    if found and digest_path(folder / WEIGHTS) != found[-1].weights:
+        raise ExplanationRefused(
+            f"model: found weights of {modality} other than those that this site registered, "
+            f"needed the same; name {found[-1].name} with --model, or delete encoders/{modality} "
+            "and run `consilium site train`"
         )
     return folder
 
@@ -316,25 +337,17 @@ def _features_of(
     if is_features(slide):
         check_features(slide, spec)
         return slide, None
+    target, digest, made_by = out / f"{slide.stem}.h5", digest_slide(slide), spec.fingerprint()
     for bag in bags:
-        if _made_under(bag, spec):
+        # The file may be another slide by now.
+        if is_current(bag, input_digest=digest, spec_fingerprint=made_by):
             return bag, slide
-    target, digest = out / f"{slide.stem}.h5", digest_slide(slide)
-    if not _made_under(target, spec, digest):
+    if not is_current(target, input_digest=digest, spec_fingerprint=made_by):
         one = SlideInput("", slide, digest, target, {})
         means = replace(means_of(settings, modality, spec), slots=1)
         for fault in embed_slides([one], spec, modality, means):
             raise DataError(fault.code, fault.reason)
     return target, slide
-
-
-def _made_under(bag: Path, spec: PathologySpec, digest: str | None = None) -> bool:
-    try:
-        with h5py.File(bag, "r") as file:
-            made = (file.attrs.get("spec_fingerprint"), file.attrs.get("input_digest"))
-    except OSError:
-        return False
-    return made[0] == spec.fingerprint() and digest in {None, made[1]}
 
 
 def _square(x: int, y: int, side_px: float) -> list[list[float]]:

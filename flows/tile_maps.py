@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import h5py
 import numpy as np
 
 from modalities.cohort import DataError, read_manifest
 from modalities.pathology import PathologySpec, read_bag
+from modalities.pathology.layouts import read_grid
 from modalities.pathology.overview import thumbnail
 from modalities.pathology.reader import open_slide
 
@@ -125,9 +125,8 @@ def _attention(encoder: FittedEncoder | None, tiles: NDArray[np.float32]) -> Flo
 
 def geometry_of(bag: Path, coords: NDArray[np.int64]) -> tuple[float, tuple[float, float]]:
     """Side of a tile and size of the slide at level 0, as noted in the bag or else guessed."""
-    with h5py.File(bag, "r") as file:
-        noted = dict(file["coords"].attrs)
-    side = float(noted.get("patch_size_level0", 0.0)) or _step(coords)
+    grid = read_grid(bag)
+    noted, side = grid.attrs, float(grid.side_px or _step(coords))
     width, height = (
         max(float(noted.get(f"level0_{name}", 0.0)), float(coords[:, at].max()) + side)
         for at, name in enumerate(("width", "height"))

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import h5py
@@ -16,9 +18,6 @@ from modalities.pathology.devices import extract_over
 from modalities.pathology.export import bag_as_anndata, export_bag
 from modalities.pathology.pipeline import SlideJob
 from tests.slides_on_disk import Averages, code_of, scene, with_hole, write_slide
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SPEC = PathologySpec(encoder="uni_v1", tile_px=256)
 TINY = PathologySpec(encoder="test_efficientnet", pretrained=False, precision="fp32")
@@ -134,6 +133,55 @@ def test_features_of_something_else_are_refused(
     assert not (tmp_path / "bag.h5").exists()
 
 
+@pytest.mark.parametrize(
+    ("marks", "code"),
+    [
+        ({"weights_sha256": "a" * 64, "stain": "none"}, None),
+        ({"weights_sha256": "", "stain": "none"}, None),
+        ({"weights_sha256": "b" * 64, "stain": "none"}, "other_encoder"),
+        ({"weights_sha256": "a" * 64, "stain": "macenko"}, "other_stain"),
+    ],
+)
+def test_features_of_this_package_made_otherwise_are_refused(
+    tmp_path: Path, marks: dict[str, str], code: str | None
+) -> None:
+    spec = SPEC.model_copy(update={"weights_sha256": "a" * 64})
+    path = features_file(tmp_path / "s.h5", attrs=TRIDENT)
+    with h5py.File(path, "r+") as file:
+        file.attrs.update({"encoder": "uni_v1", **marks})
+    if code is None:
+        imported(path, tmp_path / "bag.h5", spec)
+        return
+    with pytest.raises(DataError) as error:
+        imported(path, tmp_path / "bag.h5", spec)
+    assert code_of(error) == code
+
+
+@pytest.mark.parametrize(
+    ("coords", "dim", "code"),
+    [
+        (np.array([[0, 0], [np.nan, 0], [0, 512]]), 1024, "unreadable_bag"),
+        (np.array([[0, 0], [0.5, 0], [0, 512]]), 1024, "unreadable_bag"),
+        (COORDS.astype("f8"), 1024, None),
+        (COORDS, 0, "shape"),
+        (COORDS[:2], 1024, "shape"),
+    ],
+)
+def test_coordinates_are_whole_numbers_of_every_tile(
+    tmp_path: Path, coords: np.ndarray, dim: int, code: str | None
+) -> None:
+    path = tmp_path / "s.h5"
+    with h5py.File(path, "w") as file:
+        file["coords"] = coords
+        file["features"] = np.ones((3, dim), "f2")
+    if code is None:
+        np.testing.assert_array_equal(pathology.read_bag(path).coords, COORDS)
+        return
+    with pytest.raises(DataError) as error:
+        pathology.read_bag(path)
+    assert code_of(error) == code
+
+
 def test_features_of_an_encoder_that_cannot_run_here_are_used(tmp_path: Path) -> None:
     spec = PathologySpec(encoder="conch_v1.5", tile_px=512)
     path = features_file(
@@ -196,6 +244,34 @@ def test_a_bag_is_exported_with_places_and_quality(tmp_path: Path, form: Any) ->
     assert not list(tmp_path.glob(".partial*"))
 
 
+def test_a_kill_while_an_export_is_replaced_leaves_no_half(
+    tmp_path: Path, disc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = TINY.model_copy(update={"max_tiles": 8})
+    pathology.extract_slide(disc, tmp_path / "s.h5", spec, Averages())
+    first = export_bag(tmp_path / "s.h5", "zarr")
+    pathology.extract_slide(disc, tmp_path / "s.h5", TINY, Averages())
+
+    class Killed(BaseException):
+        pass
+
+    def half(path: Path, **options: object) -> None:
+        for file in sorted(Path(path).rglob("*"))[::2]:
+            if file.is_file():
+                file.unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        with pytest.raises(Killed):
+            export_bag(tmp_path / "s.h5", "zarr")
+    bag = pathology.read_bag(tmp_path / "s.h5")
+    np.testing.assert_array_equal(
+        ad.read_zarr(export_bag(tmp_path / "s.h5", "zarr")).X, bag.features
+    )
+    assert first == tmp_path / "s.zarr"
+
+
 def test_a_bag_of_another_tool_is_exported_without_quality(tmp_path: Path) -> None:
     table = bag_as_anndata(features_file(tmp_path / "x.h5", attrs=TRIDENT))
     assert list(table.obs) == ["x", "y"]
@@ -233,6 +309,32 @@ def test_slides_are_shared_out_over_devices(tmp_path: Path, disc: Path) -> None:
     assert {outcome.outcome for _, outcome in [*alone, *shared]} == {"done"}
     for i in range(5):
         assert (one / f"{i}.h5").read_bytes() == (two / f"{i}.h5").read_bytes()
+
+
+def test_an_interruption_ends_all_devices_after_a_batch(tmp_path: Path, disc: Path) -> None:
+    begun = threading.Barrier(2)
+    release = threading.Event()
+
+    class Slow(Averages):
+        n_batches = 0
+
+        def embed(self, tiles: np.ndarray) -> np.ndarray:
+            self.n_batches += 1
+            if self.n_batches == 1:
+                begun.wait(60)
+                if self is encoders["a"]:
+                    raise KeyboardInterrupt
+                release.wait(60)
+            return super().embed(tiles)
+
+    encoders = {"a": Slow(), "b": Slow()}
+    jobs = [SlideJob(disc, tmp_path / f"{i}.h5") for i in range(4)]
+    threading.Timer(0.5, release.set).start()
+    with pytest.raises(KeyboardInterrupt):
+        list(extract_over(["a", "b"], jobs, TINY.model_copy(update={"tile_px": 64}), encoders.get))
+    assert encoders["b"].n_batches <= 3
+    assert not list(tmp_path.glob("*.h5"))
+    assert list(tmp_path.glob("*.h5.partial"))
 
 
 def test_an_encoder_that_does_not_load_ends_all_devices(tmp_path: Path, disc: Path) -> None:

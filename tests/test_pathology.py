@@ -252,6 +252,11 @@ def test_a_manifest_without_paths_is_refused(tmp_path: Path, content: str, code:
     assert code_of(error) == code
 
 
+def test_a_slide_that_is_listed_twice_is_one_slide(tmp_path: Path) -> None:
+    (tmp_path / "manifest.csv").write_text("path,note\r\na.svs,1\r\n\r\na.svs,2\r\n")
+    assert pathology.find_slides(tmp_path / "manifest.csv") == [tmp_path / "a.svs"]
+
+
 def test_a_folder_without_slides_is_refused(tmp_path: Path) -> None:
     for source, code in ((tmp_path, "no_slides"), (tmp_path / "typo", "missing_file")):
         with pytest.raises(DataError) as error:

@@ -168,7 +168,7 @@ def read_bag(path: Path) -> Bag:
         raise DataError("missing_file", "bag: found no file, needed an HDF5 of tile embeddings")
     try:
         with h5py.File(path, "r") as file:
-            coords = np.asarray(file["coords"][()], dtype=np.int64)
+            coords = whole_numbers(file["coords"][()])
             features = np.asarray(file["features"][()], dtype=np.float32)
     except (OSError, KeyError, RuntimeError, TypeError, ValueError):
         raise DataError(
@@ -210,13 +210,27 @@ def is_current(out_h5: Path, *, input_digest: str, spec_fingerprint: str) -> boo
     return read_marks(out_h5, expected) == expected
 
 
+def whole_numbers(values: NDArray[Any]) -> NDArray[np.int64]:
+    """Give coordinates as integers.
+
+    Raises
+    ------
+    ValueError
+        If one is NaN or between two, which a cast would hide.
+    """
+    numbers = np.rint(values)
+    if not np.isfinite(numbers).all() or not np.array_equal(numbers, values):
+        raise ValueError("no whole numbers")
+    return np.asarray(numbers, dtype=np.int64)
+
+
 def _without_batch_axis(values: NDArray[Any]) -> NDArray[Any]:
     return values[0] if values.ndim == 3 and values.shape[0] == 1 else values
 
 
 def _check(bag: Bag) -> None:
-    n_tiles = len(bag.coords)
-    if bag.coords.shape != (n_tiles, 2) or bag.features.shape[:-1] != (n_tiles,):
+    n_tiles, shape = len(bag.coords), bag.features.shape
+    if bag.coords.shape != (n_tiles, 2) or shape[:-1] != (n_tiles,) or shape[-1] == 0:
         raise DataError(
             "shape",
             f"bag: found coords {bag.coords.shape} and features {bag.features.shape}, "

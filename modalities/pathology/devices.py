@@ -13,7 +13,13 @@ from modalities.pathology.pipeline import extract_slides
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
-    from modalities.pathology.pipeline import Encoder, SlideJob, SlideOutcome, Watch
+    from modalities.pathology.pipeline import (
+        Encoder,
+        SlideJob,
+        SlideOutcome,
+        TileCount,
+        Watch,
+    )
     from modalities.pathology.spec import PathologySpec
 
     Done = tuple[SlideJob, SlideOutcome]
@@ -37,7 +43,7 @@ def extract_over(
     load: Callable[[str | None], Encoder],
     *,
     watch: Watch | None = None,
-) -> Iterator[Done]:
+) -> Generator[Done, None, None]:
     """Extract slides as :func:`extract_slides` does, over several devices in the order of ending.
 
     Parameters
@@ -59,8 +65,10 @@ def extract_over(
     def work(device: str | None) -> None:
         try:
             encoder = cache(partial(load, device))
-            for done in extract_slides(shared.take(), spec, encoder, watch=watch):
+            for done in extract_slides(shared.take(), spec, encoder, watch=shared.watched(watch)):
                 ended.put(done)
+        except _Stopped:
+            pass
         except BaseException as error:  # noqa: BLE001 - it is raised where the slides are asked for
             shared.stop()
             ended.put(error)
@@ -91,11 +99,16 @@ def _until_all_ended(
             yield found
 
 
+class _Stopped(Exception):
+    """Nobody waits for the slides any more."""
+
+
 class _Shared:
     """Slides that several threads take from, each slide once."""
 
     def __init__(self, jobs: Iterable[SlideJob]) -> None:
         self._jobs = iter(jobs)
+        self._stopped = threading.Event()
         self._lock = threading.Lock()
 
     def take(self) -> Iterator[SlideJob]:
@@ -108,6 +121,18 @@ class _Shared:
             yield job
 
     def stop(self) -> None:
-        """Give out no further slide."""
+        """Give out no further slide, and end those in hand after their next batch."""
+        self._stopped.set()
         with self._lock:
             self._jobs = iter(())
+
+    def watched(self, watch: Watch | None) -> Watch:
+        """Give a watch that ends a slide once all is stopped; its rows stay."""
+
+        def told(count: TileCount) -> None:
+            if self._stopped.is_set():
+                raise _Stopped
+            if watch is not None:
+                watch(count)
+
+        return told

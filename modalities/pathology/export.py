@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -74,7 +73,8 @@ def export_bag(bag: Path, form: Export) -> Path:
             warnings.simplefilter("ignore")  # of formats to come, which fewer tools read
             table.write_zarr(written)
         if target.exists():
-            shutil.rmtree(target)
+            # Out of sight first: what a kill leaves of a folder would be younger than its bag.
+            target.rename(written.parent / "old")
         written.rename(target)
     return target
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from modalities.cohort import DataError
 from modalities.files import replacing
-from modalities.pathology.bags import read_bag, write_bag
+from modalities.pathology.bags import read_bag, read_marks, whole_numbers, write_bag
 from modalities.pathology.encoder_names import canonical_name, known_encoder
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def read_grid(path: Path) -> Grid:
         raise DataError("missing_file", "tiles: found no file, needed an HDF5 with 'coords'")
     try:
         with h5py.File(path, "r") as file:
-            coords = np.asarray(file["coords"][()], dtype=np.int64)
+            coords = whole_numbers(file["coords"][()])
             attrs = {str(k): v for k, v in file["coords"].attrs.items()}
         coords = coords[0] if coords.ndim == 3 and len(coords) == 1 else coords
         if coords.ndim != 2 or coords.shape[1] != 2:
@@ -189,8 +189,8 @@ def import_features(
     ------
     DataError
         ``missing_file``, ``unreadable_bag``, ``shape``, ``no_tissue`` or ``non_finite``; and
-        ``other_encoder`` or ``other_scale`` where the file tells of an encoder or of tiles that are
-        not those of ``spec``.
+        ``other_encoder``, ``other_scale`` or ``other_stain`` where the file tells of an encoder, of
+        tiles or of a normalisation that are not those of ``spec``.
     """
     bag, grid = _fitting(path, spec)
     attrs = dict(grid.attrs)
@@ -210,6 +210,7 @@ def import_features(
 def _fitting(path: Path, spec: PathologySpec) -> tuple[Bag, Grid]:
     bag, grid = read_bag(path), read_grid(path)
     _check_encoder(path, bag, spec)
+    _check_recipe(path, spec)
     side_um = spec.tile_px * spec.tile_mpp
     if grid.side_um is not None and not 1 / _TOLERANCE < grid.side_um / side_um < _TOLERANCE:
         raise DataError(
@@ -235,6 +236,24 @@ def _check_encoder(path: Path, bag: Bag, spec: PathologySpec) -> None:
             "other_encoder",
             f"features: found {dim} numbers per tile, needed the {known.dim} of {spec.encoder!r}; "
             "list the right files",
+        )
+
+
+def _check_recipe(path: Path, spec: PathologySpec) -> None:
+    """Compare what this package notes of how it made features; other tools note nothing of it."""
+    marks = read_marks(path, ["weights_sha256", "stain"]) or {}
+    weights, stain = marks.get("weights_sha256", ""), marks.get("stain", spec.stain)
+    if weights and spec.weights_sha256 and weights != spec.weights_sha256:
+        raise DataError(
+            "other_encoder",
+            f"features: found those of weights {weights[:8]}, needed those of "
+            f"{spec.weights_sha256[:8]}; extract the slide with the study's",
+        )
+    if stain != spec.stain:
+        raise DataError(
+            "other_stain",
+            f"features: found those of a slide with stain {stain!r}, needed {spec.stain!r}; "
+            "extract the slide as the study says",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from contextlib import closing
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -145,15 +146,16 @@ def extract(
     devices = found_devices() if manner.devices is None else manner.devices
     found: dict[Path, SlideOutcome] = {}
     outcomes: list[SlideOutcome] = []
-    for job, outcome in extract_over(devices, jobs, spec, load, watch=watch):
-        if outcome.outcome != "failed":
-            _write_more(where[job.path], manner)
-        found[job.path] = outcome
-        # After every slide, so that whoever looks in after days, or a kill, finds how far it is.
-        outcomes = _in_order(slides, repeated, found)
-        _write_outcomes(out / "outcomes.csv", outcomes)
-        if advance is not None:
-            advance(1)
+    with closing(extract_over(devices, jobs, spec, load, watch=watch)) as ended:
+        for job, outcome in ended:
+            if outcome.outcome != "failed":
+                _write_more(where[job.path], manner)
+            found[job.path] = outcome
+            # After every slide, so that whoever looks in after days, or a kill, sees how far it is.
+            outcomes = _in_order(slides, repeated, found)
+            _write_outcomes(out / "outcomes.csv", outcomes)
+            if advance is not None:
+                advance(1)
     if advance is not None:
         advance(len(repeated))
     return outcomes
@@ -259,7 +261,8 @@ def _manifest_slides(manifest: Path) -> list[Path]:
     paths = [row.get("path") for row in wanted]
     if not all(paths):
         raise DataError("manifest", "manifest: found a row without a path, needed a column 'path'")
-    return [manifest.parent / path for path in paths if path]
+    # A slide may be listed once per finding; it is the same slide.
+    return list(dict.fromkeys(manifest.parent / path for path in paths if path))
 
 
 def _write_outcomes(path: Path, outcomes: Sequence[SlideOutcome]) -> None:
