@@ -246,7 +246,7 @@ KNOWN_ENCODERS: Final[tuple[KnownEncoder, ...]] = (
         options={"img_size": 224, "global_pool": "token"}, interpolation="bilinear",
     ),
     KnownEncoder(
-        "gpfm", "majiabo/GPFM", 1024, 303.2, "CC-BY-NC-ND-4.0; MIT where its weights are", gated=False,
+        "gpfm", "majiabo/GPFM", 1024, 303.2, "CC-BY-NC-ND-4.0 (hub: MIT)", gated=False,
         files=("GPFM.pth",),
         architecture="vit_large_patch14_dinov2", options={"img_size": 224, "init_values": 1e-5},
     ),
