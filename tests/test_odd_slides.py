@@ -301,6 +301,14 @@ def test_an_outline_counts_from_where_a_viewer_begins(tmp_path: Path) -> None:
         assert slide.shown_from == (0, 0)
 
 
+def test_a_slide_with_a_name_too_long_fails_alone(tmp_path: Path) -> None:
+    path = write_slide(tmp_path / f"{'x' * 240}.tif", scene(600))
+    with pytest.raises(DataError) as error:
+        pathology.extract_slide(path, tmp_path / f"{path.stem}.h5", SPEC, Averages())
+    assert code_of(error) == "long_name"
+    assert "xxx" not in str(error.value)
+
+
 def test_slides_are_found_behind_links_to_folders(tmp_path: Path) -> None:
     Image.new("RGB", (1, 1)).save(tmp_path / "no.png")
     store, study = tmp_path / "store", tmp_path / "study"

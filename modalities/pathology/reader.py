@@ -31,6 +31,8 @@ _LEVEL_TOLERANCE = 1.01
 _LEVEL_OFF_PX = 2.0
 _CACHE_BYTES = 1 << 25
 _USUAL_STORED_PX = 256
+# A disk takes 255 bytes, of which a temporary name beside a slide's own needs some.
+_LONGEST_NAME = 200
 _BOUNDS = (
     openslide.PROPERTY_NAME_BOUNDS_X, openslide.PROPERTY_NAME_BOUNDS_Y,
     openslide.PROPERTY_NAME_BOUNDS_WIDTH, openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
@@ -216,8 +218,15 @@ def open_slide(path: Path, *, tabled_mpp: float | None = None) -> Iterator[Slide
     Raises
     ------
     DataError
-        ``missing_file``, ``not_a_slide``, ``missing_resolution`` or ``unreadable_slide``.
+        ``long_name``, ``missing_file``, ``not_a_slide``, ``missing_resolution`` or
+        ``unreadable_slide``.
     """
+    if len(os.fsencode(path.stem)) > _LONGEST_NAME:
+        raise DataError(
+            "long_name",
+            f"slide: found a name that is too long for the files made of it, needed at most "
+            f"{_LONGEST_NAME} bytes; rename it",
+        )
     if not path.exists():
         raise DataError(
             "missing_file", "slide: found no file, needed a whole-slide image; check the path"
