@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,21 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
 
 from modalities import pathology
 from modalities.cohort import DataError
 from modalities.files import replacing
-from modalities.pathology import Manner, PathologySpec, partial, pipeline, spec, stain, tissue
+from modalities.pathology import (
+    Manner,
+    PathologySpec,
+    SlideJob,
+    partial,
+    pipeline,
+    spec,
+    stain,
+    tissue,
+)
 from modalities.pathology.bags import Bag, write_bag, write_finished
 from modalities.pathology.overview import Overview
 from modalities.pathology.pipeline import partial_path
@@ -252,6 +263,33 @@ def test_the_drawn_outline_lies_where_the_tissue_does() -> None:
     y, x = np.nonzero((np.asarray(tissue.outlined(seen, mask)) != 240).any(axis=2))
     assert (abs(x.min() - 100) <= 1, abs(x.max() - 150) <= 1) == (True, True)
     assert (abs(y.min() - 10) <= 1, abs(y.max() - 30) <= 1) == (True, True)
+
+
+def test_tiles_and_outline_lie_where_the_tissue_does(tmp_path: Path) -> None:
+    """In pixels of level 0, although tissue is sought in an overview of rounded scale."""
+    picture = np.full((1000, 1200, 3), 243, dtype=np.uint8)
+    picture[576:832, 896:1152] = scene(600)[172:428, 172:428]
+    path = write_slide(tmp_path / "s.tif", picture, compression="deflate")
+    most = SPEC.model_copy(update={"min_tissue_fraction": 0.9, "min_good_tiles": 0})
+    job = SlideJob(
+        path, tmp_path / "s.h5", outline=tmp_path / "o.geojson",
+        picture=tmp_path / "with.jpg", thumbnail=tmp_path / "without.jpg",
+    )  # fmt: skip
+    list(pathology.extract_slides([job], most, Averages))
+    corners = [[x, y] for y in range(576, 832, 64) for x in range(896, 1152, 64)]
+    assert column(tmp_path / "s.h5", "coords").tolist() == corners
+    (tissue_found,) = json.loads((tmp_path / "o.geojson").read_text())["features"]
+    ring = np.array(tissue_found["geometry"]["coordinates"][0])
+    np.testing.assert_allclose(ring.min(axis=0), (896, 576), atol=8)
+    np.testing.assert_allclose(ring.max(axis=0), (1152, 832), atol=8)
+    drawn, bare = (
+        np.asarray(Image.open(tmp_path / f"{x}.jpg").convert("RGB"), dtype=int)
+        for x in ("with", "without")
+    )
+    line = np.abs(drawn - bare).max(axis=2) > 40
+    assert line.sum() > 100
+    greener = (drawn - bare)[line].mean(axis=0)
+    assert greener[1] > greener[0] + 40
 
 
 def test_outcomes_stand_in_the_order_of_the_slides_whichever_ends_first(
