@@ -19,7 +19,7 @@ from flows.sealed import note
 from flows.site_registry import WEIGHTS, encoder_folder, registered_encoders
 from flows.snapshots import FEATURES, is_withdrawn, released
 from flows.terminal import UsageError
-from flows.tile_maps import TileMap, geometry_of, overview_of, slide_of
+from flows.tile_maps import TileMap, geometry_of, overview_of, shown_from, slide_of
 from modalities.cohort import DataError, read_cohort, read_manifest, rows_of
 from modalities.files import digest_path, replacing
 from modalities.pathology import (
@@ -158,6 +158,7 @@ def map_of(encoder: FittedEncoder, bag: Path, slide: Path | None, *, modality: s
         attention_is_the_models=True,
         overview=overview_of(slide),
         n_slides=1,
+        shown_from=shown_from(slide),
     )
 
 
@@ -173,12 +174,13 @@ def write_map(tiles: TileMap, out: Path, name: str) -> Explained:
 def as_geojson(tiles: TileMap) -> dict[str, Any]:
     """Give the tiles as squares in pixels of level 0, with their attention as measurements.
 
-    ``Attention`` sums to one over the slide; ``Attention to even`` is 1 where a tile counts as much
-    as it would if all counted alike.
+    Counted from where a viewer begins. ``Attention`` sums to one over the slide; ``Attention to
+    even`` is 1 where a tile counts as much as it would if all counted alike.
     """
     assert tiles.attention is not None
     even = tiles.attention * len(tiles.attention) / (tiles.attention.sum() or 1.0)
-    rows = zip(tiles.coords.tolist(), tiles.attention.tolist(), even.tolist(), strict=True)
+    corners = tiles.coords - tiles.shown_from
+    rows = zip(corners.tolist(), tiles.attention.tolist(), even.tolist(), strict=True)
     return {
         "type": "FeatureCollection",
         "features": [

@@ -56,6 +56,8 @@ class TileMap:
         (h, w, 3) of the slide; None where it cannot be read here.
     n_slides
         Of the patient; this is the one with most tiles.
+    shown_from
+        Corner (x, y) at level 0 from which viewers of the slide count.
     """
 
     modality: str
@@ -67,6 +69,7 @@ class TileMap:
     attention_is_the_models: bool
     overview: NDArray[np.uint8] | None
     n_slides: int
+    shown_from: tuple[int, int] = (0, 0)
 
     @property
     def is_even(self) -> bool:
@@ -150,6 +153,17 @@ def slide_of(settings: SiteSettings, name: str, patient_id: str, bag: Path) -> P
     stem = bag.stem[:-_DIGEST_CHARACTERS]
     mine = [r.path for r in rows if r.patient_id == patient_id and r.path.stem == stem]
     return mine[0] if len(mine) == 1 else None
+
+
+def shown_from(slide: Path | None) -> tuple[int, int]:
+    """Corner (x, y) at level 0 from which viewers count; that of the slide where none is known."""
+    try:
+        if slide is None:
+            return 0, 0
+        with open_slide(slide) as opened:
+            return opened.shown_from
+    except (DataError, OSError):
+        return 0, 0
 
 
 def overview_of(slide: Path | None) -> NDArray[np.uint8] | None:

@@ -24,7 +24,7 @@ from flows.snapshots import released, withdraw
 from infra.settings import STUDY_FILE
 from modalities.cohort import DataError, ManifestRow, read_cohort, rows_of
 from modalities.files import digest_path
-from modalities.pathology import read_bag
+from modalities.pathology import read_bag, reader
 from modalities.pathology.bags import Bag, write_bag
 from tests.slides_on_disk import scene, write_slide
 from tests.small_trial import DIM, prepare, settings_at
@@ -106,7 +106,11 @@ def test_a_slide_is_embedded_where_the_site_has_no_features_of_it(
     assert made_now.stat().st_mtime_ns == before
 
 
-def test_what_the_site_extracted_is_used(site: SiteSettings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shown_from", [(0, 0), (70, 30)])
+def test_what_the_site_extracted_is_used(
+    site: SiteSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown_from: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(reader.Slide, "shown_from", shown_from)  # a scanner's bounds
     protocol = load_protocol(tmp_path / STUDY_FILE)
     spec = protocol.modality["slides"]
     disc = write_slide(tmp_path / "disc.tif", scene())
@@ -120,6 +124,9 @@ def test_what_the_site_extracted_is_used(site: SiteSettings, tmp_path: Path) -> 
     )  # fmt: skip
     made = explain_slide(site, protocol, disc, modality="slides", out=tmp_path / "out")
     assert made.n_tiles == 12
+    found = json.loads(made.outlines.read_text())["features"]
+    corners = np.array([tile["geometry"]["coordinates"][0][0] for tile in found])
+    np.testing.assert_array_equal(corners, tiles.coords - shown_from)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "disc-attention.geojson", "disc-attention.png",
     ]  # fmt: skip
