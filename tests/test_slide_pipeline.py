@@ -645,6 +645,18 @@ def test_a_bag_is_used_again_only_with_its_marks(tmp_path: Path, disc: Path) -> 
     assert reasons == ["", "unchanged", ""]
 
 
+def test_a_file_of_another_tool_is_not_replaced(tmp_path: Path, disc: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["features"] = np.ones((2, 3))
+    before = (tmp_path / "a.h5").read_bytes()
+    with pytest.raises(DataError) as error:
+        extract(disc, tmp_path / "a.h5")
+    assert code_of(error) == "foreign_file"
+    assert (tmp_path / "a.h5").read_bytes() == before
+    (tmp_path / "a.h5").write_bytes(before[:100])  # not whole, whoever wrote it
+    assert extract(disc, tmp_path / "a.h5").outcome == "done"
+
+
 def test_a_resolution_that_was_corrected_counts(tmp_path: Path) -> None:
     slide = write_slide(tmp_path / "s.tif", scene(600), mpp=None)
     found = []

@@ -204,6 +204,15 @@ def count_tiles(path: Path) -> int:
         return len(file["coords"])
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether an HDF5 file stands there that this package did not write."""
+    try:
+        with h5py.File(path, "r") as file:
+            return "spec_fingerprint" not in file.attrs
+    except (OSError, RuntimeError):
+        return False
+
+
 def is_current(out_h5: Path, *, input_digest: str, spec_fingerprint: str) -> bool:
     """Whether ``out_h5`` is whole and was made from this input under this spec."""
     expected = {"input_digest": input_digest, "spec_fingerprint": spec_fingerprint}

@@ -19,7 +19,7 @@ from PIL import Image
 from modalities.cohort import DataError
 from modalities.files import digest_path, fingerprint, replacing, sweep_beside
 from modalities.pathology.ahead import ahead
-from modalities.pathology.bags import count_tiles, read_marks, write_finished
+from modalities.pathology.bags import count_tiles, is_foreign, read_marks, write_finished
 from modalities.pathology.partial import PartialBag, forget_partial, open_partial
 from modalities.pathology.planning import Plan, plan_slide
 from modalities.pathology.quality import Quality, is_good, tile_quality
@@ -311,6 +311,12 @@ class _Reading:
         if earlier is not None:
             yield _Ended(job, earlier=earlier)
             return
+        if is_foreign(job.out_h5):
+            raise DataError(
+                "foreign_file",
+                "slide: found a file of another tool where its features would go, needed none; "
+                "choose another folder with --out",
+            )
         with open_slide(job.path, tabled_mpp=job.tabled_mpp) as slide:
             opened = self._open(job, slide, self._plan(slide), digest)
             fault = None
