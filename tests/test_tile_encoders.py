@@ -3,6 +3,8 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,10 +21,11 @@ from skimage import data as pictures
 
 from modalities import pathology
 from modalities.files import digest_path
-from modalities.pathology import PathologySpec, architectures, network, sources, weights
+from modalities.pathology import PathologySpec, architectures, network, sources
 from modalities.pathology.compiled import eager
 from modalities.pathology.encoder_names import KNOWN_ENCODERS, canonical_name, known_encoder
 from modalities.pathology.folding import folded
+from modalities.pathology.weights import load_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -545,7 +548,7 @@ def test_the_usual_wrappings_of_weights_are_understood(
     wrapped, path = wrap(model.state_dict()), tmp_path / "mine.pth"
     torch.save(wrapped, path)
     other = timm.create_model("test_efficientnet", pretrained=False, num_classes=0)
-    weights.load_weights(other, path, name="x")
+    load_weights(other, path, name="x")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
 
@@ -555,12 +558,12 @@ def test_of_two_networks_in_one_file_none_is_guessed(tmp_path: Path) -> None:
     model = timm.create_model("test_efficientnet", pretrained=False, num_classes=0)
     torch.save(_tagged(tensors, "encoder_q.", "encoder_k."), tmp_path / "moco.pth")
     with pytest.raises(pathology.WrongWeights, match=r"found 2 networks .*encoder_k., encoder_q."):
-        weights.load_weights(model, tmp_path / "moco.pth", name="x")
+        load_weights(model, tmp_path / "moco.pth", name="x")
     save_file(tensors, tmp_path / "renamed.bin")  # known by what is in it, not by its suffix
-    weights.load_weights(model, tmp_path / "renamed.bin", name="x")
+    load_weights(model, tmp_path / "renamed.bin", name="x")
     torch.save({}, tmp_path / "empty.pth")
     with pytest.raises(pathology.WrongWeights, match=r"found no tensors in empty\.pth"):
-        weights.load_weights(model, tmp_path / "empty.pth", name="x")
+        load_weights(model, tmp_path / "empty.pth", name="x")
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
@@ -570,6 +573,28 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / "short.safetensors")
     with pytest.raises(pathology.WrongWeights, match=rf"1 tensors .*{name}"):
         pathology.load_tile_encoder(TINY, weights=tmp_path / "short.safetensors")
+
+
+def test_weights_that_are_no_numbers_are_refused_before_any_slide(tmp_path: Path) -> None:
+    tensors = timm.create_model("test_efficientnet", pretrained=False, num_classes=0).state_dict()
+    tensors["conv_stem.weight"][0, 0, 0, 0] = torch.nan
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(pathology.WrongWeights, match=r"NaN or infinity in conv_stem\.weight"):
+        pathology.load_tile_encoder(TINY, weights=tmp_path / "x.safetensors")
+
+
+def test_a_compiled_network_is_refused_in_nothing_but_a_sentence(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:  # as torch.jit.save writes one
+        archive.writestr("x/constants.pkl", b"\x80\x02).")
+        archive.writestr("x/data.pkl", b"\x80\x02).")
+        archive.writestr("x/version", b"3\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # a warning would end as one, and be caught with the rest
+        with pytest.raises(pathology.WrongWeights, match="does not read as tensors"):
+            pathology.load_tile_encoder(TINY, weights=tmp_path / "x.pt")
+    assert not recwarn.list
 
 
 class _Evil:
@@ -607,7 +632,7 @@ def test_vision_transformers_of_the_other_library_give_the_same(
     ).eval()  # fmt: skip
     mine = {k.removeprefix(f"{kind}/"): v for k, v in golden.items() if k.startswith(f"{kind}/")}
     save_file(mine, tmp_path / "x.safetensors")
-    weights.load_weights(model, tmp_path / "x.safetensors", name=kind, form="transformers")
+    load_weights(model, tmp_path / "x.safetensors", name=kind, form="transformers")
     with torch.inference_mode():
         found = model(golden["images"])
         np.testing.assert_allclose(found, golden[f"{kind}:tokens"], rtol=1e-3, atol=1e-4)

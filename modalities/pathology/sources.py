@@ -152,8 +152,8 @@ def _missing(known: KnownEncoder) -> MissingWeights:
     return MissingWeights(
         f"encoder: found no weights of {known.name!r} here, needed {' or '.join(known.files)} of "
         f"{known.repository} ({known.licence}, {known.access}); fetch it with an account that may "
-        f"and name it with --weights, put it into the local model cache, or choose "
-        f"{DEFAULT_ENCODER!r}, whose weights are installed"
+        f"and name it with --weights (at a site: weights in site.toml), put it into the local "
+        f"model cache, or choose {DEFAULT_ENCODER!r}, whose weights are installed"
     )
 
 
@@ -162,8 +162,8 @@ def missing_pretrained(name: str) -> MissingWeights:
     return MissingWeights(
         f"encoder: found no pretrained weights for {name!r}, needed them in the local model "
         "cache; load the encoder once on a machine with network access and copy its cache "
-        f"here, name a file with --weights, or choose {DEFAULT_ENCODER!r}, whose weights are "
-        "installed"
+        f"here, name a file with --weights (at a site: weights in site.toml), or choose "
+        f"{DEFAULT_ENCODER!r}, whose weights are installed"
     )
 
 

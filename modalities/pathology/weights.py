@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -81,28 +82,38 @@ def load_weights(model: torch.nn.Module, path: Path, *, name: str, form: str = "
     Raises
     ------
     WrongWeights
-        If the file cannot be read without running code from it, if a tensor is missing, left over
-        or of another shape, or if two networks in the file fit.
+        If the file cannot be read without running code from it, if a tensor is missing, left over,
+        of another shape or not finite, or if two networks in the file fit.
     """
-    tensors = _read(path)
-    fitting = _fitting(tensors, model, form)
-    if fitting is None:
-        parts = {k: _fitting(part, model, form) for k, part in _parts(tensors, model).items()}
-        found = {k: part for k, part in parts.items() if part is not None}
-        if len(found) > 1:
+    fitting = _chosen(_read(path), model, path.name, name, form)
+    for tensor_name, tensor in fitting.items():
+        if not torch.isfinite(tensor).all():
             raise WrongWeights(
-                f"weights: found {len(found)} networks in {path.name} that fit {name!r} "
-                f"({', '.join(sorted(found))}), needed one; save the one that is meant by itself"
+                f"weights: found NaN or infinity in {tensor_name} of {path.name}, needed finite "
+                "numbers; fetch or save it again"
             )
-        fitting = next(iter(found.values()), None)
-    if fitting is None:
+    model.load_state_dict(fitting, strict=True)
+
+
+def _chosen(tensors: Tensors, model: torch.nn.Module, file: str, name: str, form: str) -> Tensors:
+    """Give the tensors of a file that are the network's, named as it does."""
+    whole = _fitting(tensors, model, form)
+    if whole is not None:
+        return whole
+    parts = {k: _fitting(part, model, form) for k, part in _parts(tensors, model).items()}
+    found = {k: part for k, part in parts.items() if part is not None}
+    if len(found) > 1:
+        raise WrongWeights(
+            f"weights: found {len(found)} networks in {file} that fit {name!r} "
+            f"({', '.join(sorted(found))}), needed one; save the one that is meant by itself"
+        )
+    if not found:
         misfits = _misfits(_named(tensors, model, form), model)
         raise WrongWeights(
-            f"weights: found {len(misfits)} tensors in {path.name} that do not fit {name!r} (such "
-            f"as {misfits[0]}), needed exactly those of this network; give the file that belongs "
-            "to it"
+            f"weights: found {len(misfits)} tensors in {file} that do not fit {name!r} (such as "
+            f"{misfits[0]}), needed exactly those of this network; give the file that belongs to it"
         )
-    model.load_state_dict(fitting, strict=True)
+    return next(iter(found.values()))
 
 
 def _fitting(tensors: Tensors, model: torch.nn.Module, form: str) -> Tensors | None:
@@ -142,10 +153,9 @@ def _needed(tensors: Tensors) -> Tensors:
 
 def _read(path: Path) -> Tensors:
     try:
-        if _is_safetensors(path):
-            found: Any = load_file(path)
-        else:
-            found = load_state_dict(str(path), use_ema=False, device="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files that are refused all the same
+            found = _loaded(path)
     except Exception as error:  # noqa: BLE001 - unpicklers and zip readers raise anything
         raise WrongWeights(
             f"weights: found {path.name}, which does not read as tensors alone "
@@ -163,6 +173,12 @@ def _read(path: Path) -> Tensors:
             f"weights: found no tensors in {path.name}, needed those of the network; save its state"
         )
     return tensors
+
+
+def _loaded(path: Path) -> Any:
+    if _is_safetensors(path):
+        return load_file(path)
+    return load_state_dict(str(path), use_ema=False, device="cpu", weights_only=True)
 
 
 def _tensors(found: object) -> Tensors:
