@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
 from flows.board import patients_beside, write_boards
@@ -23,6 +24,7 @@ from flows.protocol import load_protocol
 from flows.registered_model import PredictionRefused, StudyModel, open_model
 from flows.snapshots import COHORT, withdraw
 from flows.tile_maps import TileMap, tile_map
+from fusion.encoders import FittedEncoder
 from infra.settings import STUDY_FILE, Workspace
 from modalities.cohort import write_cohort
 from modalities.pathology import read_bag
@@ -32,6 +34,9 @@ from tests.small_trial import SITES, cohort_of, patients, prepare, run, settings
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from flows.site_scoring import SiteScorer
+    from infra.settings import SiteSettings
 
 HOSTILE = "<script>alert('x')</script>&../../p"
 SITE = "site-01"
@@ -160,14 +165,25 @@ def test_withdrawn_and_unknown_patients_have_no_page(copied: Path, model: StudyM
         write_boards(settings, model, patients=[patient], cohort=copied / kept)
 
 
+def let_look(settings: SiteSettings) -> None:
+    """Let the site's own network weigh tiles, of which it has learned nothing from so few."""
+    path = settings.path("encoders", "slides", "encoder.safetensors")
+    encoder = FittedEncoder.from_bytes(path.read_bytes())
+    for network in encoder.networks:
+        network.out.weight.normal_(generator=torch.Generator().manual_seed(1))
+    path.write_bytes(encoder.to_bytes())
+
+
 def test_attention_is_that_of_the_network_over_the_patients_tiles(
     copied: Path, model: StudyModel
 ) -> None:
     settings, patient = settings_at(copied, SITE), with_slide(copied, model)
+    let_look(settings)
     found = predict_cohort(settings, model, settings.path(COHORT), only=[patient])
     tiles = tile_map(found.scorer, patient)
     assert tiles is not None
     assert tiles.attention is not None
+    assert not tiles.is_even
     assert tiles.share is None  # the model reads the network, not a mean of tiles
     assert tiles.overview is None  # its slide is not there
     np.testing.assert_allclose(tiles.attention.sum(), 1.0, rtol=1e-6)
@@ -177,6 +193,25 @@ def test_attention_is_that_of_the_network_over_the_patients_tiles(
     np.testing.assert_allclose(tiles.attention, encoder.attention([bag.features])[0])
     np.testing.assert_array_equal(tiles.coords, bag.coords)
     assert (tiles.side_px, tiles.size_px) == (512.0, (2048.0, 1536.0))
+    _beside_a_smaller_slide(found.scorer, patient, bag)
+
+
+def _beside_a_smaller_slide(scorer: SiteScorer, patient: str, bag: Bag) -> None:
+    """The larger of two slides is shown, with the weights of its own tiles among those of both."""
+    small = Bag(bag.coords[:5], -bag.features[:5])
+    write_bag(scorer.features / "small.h5", small, coords_attrs={}, file_attrs={})
+    known = scorer.cohort.mod["slides"].obs["bag"].astype(str)
+    scorer.cohort.mod["slides"].obs["bag"] = known.where(
+        known.index != patient, "small.h5;" + known
+    )
+    tiles, encoder = tile_map(scorer, patient), scorer.own_encoder("slides")
+    assert tiles is not None
+    assert encoder is not None
+    assert tiles.n_slides == 2
+    np.testing.assert_array_equal(tiles.coords, bag.coords)
+    both = encoder.attention([np.concatenate([small.features, bag.features])])[0]
+    np.testing.assert_allclose(tiles.attention, both[5:])
+    assert np.abs(both[: len(bag.coords)] - both[5:]).max() > 1e-3  # or nothing is shown
 
 
 def leave_slide(root: Path, patient: str) -> Path:
