@@ -99,6 +99,36 @@ def test_slides_and_features_of_one_batch_are_set_aside_one_by_one(
             assert file.attrs["key"] == str(i)
 
 
+def test_a_batch_that_is_tried_again_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(Averages):
+        n_left, n_batches = 20, 0
+
+        def embed(self, tiles: np.ndarray) -> np.ndarray:
+            self.n_left -= 1
+            self.n_batches += 1
+            if self.n_left == 0:
+                raise OSError("a disk that is away")
+            return super().embed(tiles)
+
+    encoder = Failing()
+    monkeypatch.setattr(embedding, "_loaded", lambda *arguments: encoder)
+    disc = write_slide(tmp_path / "disc.tif", scene())
+    spec = SPEC.model_copy(update={"tile_px": 64, "max_tiles": 60})
+    inputs = [
+        SlideInput(f"p{i}", disc, digest_path(disc), tmp_path / f"{i}.h5", {"key": str(i)})
+        for i in range(2)
+    ]
+    with pytest.raises(OSError, match="away"):
+        embed_slides(inputs, spec, "slides")
+    assert embed_slides(inputs, spec, "slides") == []
+    assert encoder.n_batches == 2 * 15 + 1  # the one that failed; none was embedded twice
+    again = [SlideInput(x.patient_id, x.path, x.digest, x.bag, {"key": "new"}) for x in inputs]
+    assert embed_slides(again, spec, "slides") == []
+    assert encoder.n_batches == 4 * 15 + 1
+
+
 def test_a_site_names_weights_that_the_study_pins(tmp_path: Path) -> None:
     site = settings(tmp_path, weights={"slides": "models/uni.bin"}, gpu_slots=3)
     pinned = PathologySpec(encoder="uni_v1", weights_sha256=WEIGHTS)
