@@ -21,7 +21,7 @@ from skimage import data as pictures
 
 from modalities import pathology
 from modalities.files import digest_path
-from modalities.pathology import PathologySpec, architectures, network, sources
+from modalities.pathology import PathologySpec, architectures, devices, network, sources
 from modalities.pathology.compiled import eager
 from modalities.pathology.encoder_names import KNOWN_ENCODERS, canonical_name, known_encoder
 from modalities.pathology.folding import folded
@@ -305,6 +305,23 @@ def test_auto_is_fp32_where_nothing_faster_is_native(monkeypatch: pytest.MonkeyP
     encoder.precision = "auto"  # as for the next slide
     encoder.embed(noise(1))
     assert encoder.precision == "fp32"
+
+
+def test_torch_is_asked_for_gpus_where_there_may_be_several(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    driver, uncounted, two = tmp_path / "gpus", tmp_path / "dxg", ("cuda:0", "cuda:1")
+    monkeypatch.setattr(devices, "_DRIVER", driver)
+    monkeypatch.setattr(devices, "_UNCOUNTED", (uncounted,))
+    monkeypatch.setattr(network, "devices", lambda: two)
+    assert devices.found_devices() == (None,)
+    (driver / "0000:01").mkdir(parents=True)
+    assert devices.found_devices() == (None,)
+    uncounted.touch()
+    assert devices.found_devices() == two
+    uncounted.unlink()
+    (driver / "0000:02").mkdir()
+    assert devices.found_devices() == two
 
 
 def test_each_gpu_is_asked_for_its_own_precision(monkeypatch: pytest.MonkeyPatch) -> None:

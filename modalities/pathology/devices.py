@@ -25,11 +25,14 @@ if TYPE_CHECKING:
     Done = tuple[SlideJob, SlideOutcome]
 
 _DRIVER = Path("/proc/driver/nvidia/gpus")
+# GPUs of Windows below Linux, and of another maker, of which nothing says how many there are.
+_UNCOUNTED = (Path("/dev/dxg"), Path("/dev/kfd"))
 
 
 def found_devices() -> Sequence[str | None]:
     """Give the devices to embed on; (None,) leaves one to torch, which is not imported for that."""
-    if not _DRIVER.is_dir() or len(list(_DRIVER.iterdir())) < 2:
+    n_listed = len(list(_DRIVER.iterdir())) if _DRIVER.is_dir() else 0
+    if n_listed < 2 and not any(path.exists() for path in _UNCOUNTED):
         return (None,)
     from modalities.pathology.network import devices
 
