@@ -476,6 +476,12 @@ def test_memory_holds_few_batches_of_a_slide_of_any_size(tmp_path: Path, disc: P
     assert 2 <= most[0] <= pipeline._BATCHES_AHEAD + 2
 
 
+@pytest.mark.parametrize(("tile_px", "expected"), [(224, 256), (1024, 85), (4096, 5)])
+def test_a_batch_of_large_tiles_is_small(tile_px: int, expected: int) -> None:
+    spec = PathologySpec(tile_px=tile_px)
+    assert pipeline._batch_tiles(Averages(batch_tiles=256), spec) == expected
+
+
 def test_an_error_of_the_encoder_ends_the_run_and_keeps_the_rows(
     tmp_path: Path, disc: Path
 ) -> None:

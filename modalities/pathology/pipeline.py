@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     Watch = Callable[["TileCount"], None]
 
 _BATCHES_AHEAD = 3
+_BATCH_BYTES = 1 << 28
 _STAIN_TILES = 64
 _SCALE = ("slide_mpp", "slide_mpp_source")
 
@@ -151,12 +152,15 @@ class _Opened:
 
     Parameters
     ----------
+    batch_tiles
+        That are read and embedded together.
     beside
         Contents of the files beside the bag, which wait for it.
     """
 
     job: SlideJob
     encoder: Encoder
+    batch_tiles: int
     coords: NDArray[np.int64]
     beside: dict[Path, bytes]
     partial: PartialBag
@@ -349,7 +353,8 @@ class _Reading:
             "stain": spec.stain,
         }
         where = hashlib.sha256(plan.coords.tobytes()).hexdigest()
-        key = fingerprint([file_attrs, where, encoder.batch_tiles])
+        batch_tiles = _batch_tiles(encoder, spec)
+        key = fingerprint([file_attrs, where, batch_tiles])
         partial = open_partial(
             partial_path(job.out_h5), key=key, n_rows=len(plan.coords), dim=encoder.dim
         )
@@ -358,7 +363,14 @@ class _Reading:
         self._agree_on_precision(partial, encoder)
         coords_attrs = _trident_attrs(slide, plan, spec)
         return _Opened(
-            job, encoder, plan.coords, _beside(job, plan, slide), partial, file_attrs, coords_attrs
+            job,
+            encoder,
+            batch_tiles,
+            plan.coords,
+            _beside(job, plan, slide),
+            partial,
+            file_attrs,
+            coords_attrs,
         )
 
     def _agree_on_precision(self, partial: PartialBag, encoder: Encoder) -> None:
@@ -373,7 +385,7 @@ class _Reading:
             partial.restart(0)
 
     def _batches(self, opened: _Opened, slide: Slide) -> Generator[_Batch, None, None]:
-        spec, size = self._spec, opened.encoder.batch_tiles
+        spec, size = self._spec, opened.batch_tiles
         coords, tile_px, mpp = opened.coords, spec.tile_px, spec.tile_mpp
         if opened.partial.n_done < len(coords):
             # The same batches, since an embedding may depend on its batch in the last digit.
@@ -398,7 +410,7 @@ class _Reading:
     def _read(
         self, opened: _Opened, reader: TileReader, normalise: Normaliser | None, at: int
     ) -> _Batch:
-        xy = opened.coords[at : at + opened.encoder.batch_tiles]
+        xy = opened.coords[at : at + opened.batch_tiles]
         pixels, decoded = reader.read_tiles(xy, tile_px=self._spec.tile_px, mpp=self._spec.tile_mpp)
         quality = tile_quality(pixels, decoded)
         if normalise is not None:
@@ -416,7 +428,7 @@ class _Reading:
         """Read batches with damaged tiles again: a disk that was away for a while damages none."""
         if not damaged:
             return
-        spec, size = self._spec, opened.encoder.batch_tiles
+        spec, size = self._spec, opened.batch_tiles
         again = np.concatenate([opened.coords[at : at + size] for at in damaged])
         reader.expect(again, tile_px=spec.tile_px, mpp=spec.tile_mpp)
         whole = True
@@ -427,6 +439,11 @@ class _Reading:
                 yield batch
         if not whole and digest_slide(opened.job.path) != opened.file_attrs["input_digest"]:
             raise unreadable()
+
+
+def _batch_tiles(encoder: Encoder, spec: PathologySpec) -> int:
+    """As many as the encoder takes; fewer where their pixels are many, since batches wait."""
+    return max(1, min(encoder.batch_tiles, _BATCH_BYTES // (3 * spec.tile_px**2)))
 
 
 def _normaliser(
