@@ -196,5 +196,5 @@ def _print_faults(faults: Sequence[Exclusion], *, n_inputs: int) -> None:
         whose = f"{fault.patient_id}  " if fault.patient_id else ""
         say(f"{whose}{fault.modality}  {fault.code}: {fault.reason}")
     of_all = sum(not fault.patient_id for fault in faults)
-    rest = f", and {of_all} fault(s) not of one input" if of_all else ""
+    rest = f"; faults of no single input: {of_all}" if of_all else ""
     say(f"{n_inputs} inputs, {len(faults) - of_all} would be set aside{rest}")

@@ -230,7 +230,7 @@ def test_weights_that_are_not_here_are_told_once(
     _print_faults([fault], n_inputs=len(slides))
     told = capsys.readouterr().out.splitlines()
     assert told[0] == f"pathology  missing_weights: {fault.reason}"
-    assert told[1].endswith(" inputs, 0 would be set aside, and 1 fault(s) not of one input")
+    assert told[1].endswith(" inputs, 0 would be set aside; faults of no single input: 1")
 
     unpinned = site.model_copy(update={"weights": {"pathology": tmp_path / "mine.bin"}})
     assert codes(check_site(unpinned, other)) == {"": "wrong_weights"}
