@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import socket
 import sys
 import threading
@@ -566,6 +567,25 @@ def test_the_usual_wrappings_of_weights_are_understood(
     torch.save(wrapped, path)
     other = timm.create_model("test_efficientnet", pretrained=False, num_classes=0)
     load_weights(other, path, name="x")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_a_teacher_as_dinov2_leaves_it_is_understood(tmp_path: Path) -> None:
+    """Blocks in chunks, the heads of training beside the backbone, and the token of masks."""
+    options = {"img_size": 28, "embed_dim": 12, "depth": 4, "num_heads": 2}
+    model, other = (
+        timm.create_model("vit_small_patch14_dinov2", num_classes=0, **options) for _ in range(2)
+    )
+    chunked = {
+        re.sub(r"^blocks\.(\d)", lambda x: f"blocks.{int(x[1]) // 2}.{x[1]}", k): v
+        for k, v in model.state_dict().items()
+    }
+    assert "blocks.1.3.norm1.weight" in chunked
+    teacher = {f"backbone.{k}": v for k, v in chunked.items()}
+    teacher |= {"backbone.mask_token": torch.zeros(1, 12), "dino_head.mlp.0.bias": torch.ones(2)}
+    torch.save({"teacher": teacher}, tmp_path / "teacher_checkpoint.pth")
+    load_weights(other, tmp_path / "teacher_checkpoint.pth", name="x")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
 

@@ -63,6 +63,8 @@ _OF_TRANSFORMERS: Final = {
     "layer_scale2.lambda1": "ls2.gamma",
 }
 _LAYER: Final = re.compile(r"encoder\.layer\.(\d+)\.(.+)")
+# Training over many devices keeps blocks in chunks, but numbers them through.
+_CHUNK: Final = re.compile(r"^(blocks\.)\d+\.(?=\d+\.)")
 _PROJECTION: Final = re.compile(r"attention\.attention\.(query|key|value)\.(weight|bias)")
 
 
@@ -128,6 +130,8 @@ def _fitting(tensors: Tensors, model: torch.nn.Module, form: str) -> Tensors | N
 
 def _named(tensors: Tensors, model: torch.nn.Module, form: str) -> Tensors:
     tensors = _needed(tensors)
+    if not any(map(_CHUNK.match, model.state_dict())):
+        tensors = {_CHUNK.sub(r"\1", k): v for k, v in tensors.items()}
     if form == "transformers":
         tensors = _from_transformers(tensors, model)
     return _without_classifier(tensors, model)
