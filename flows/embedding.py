@@ -106,8 +106,11 @@ def embed_slides(
         load = partial(_tile_encoder, spec, means.weights)
         for job, outcome in extract_over(devices, jobs, spec, load):
             if outcome.outcome == "failed":
-                patient_id = slides[job.out_h5].patient_id
-                excluded.append(Exclusion(patient_id, modality, outcome.code, outcome.reason))
+                excluded += [
+                    Exclusion(x.patient_id, modality, outcome.code, outcome.reason)
+                    for x in inputs
+                    if x.bag == job.out_h5  # of several patients, where a manifest says so
+                ]
     return excluded
 
 

@@ -89,9 +89,10 @@ def test_slides_and_features_of_one_batch_are_set_aside_one_by_one(
         SlideInput(f"p{i}", path, digest_path(path), tmp_path / f"{i}.h5", {"key": str(i)})
         for i, path in enumerate(paths)
     ]
+    inputs.append(SlideInput("p9", paths[1], inputs[1].digest, inputs[1].bag, {"key": "1"}))
     excluded = embed_slides(inputs, SPEC, "slides", Means(slots=2))
     assert {(x.patient_id, x.code) for x in excluded} == {
-        ("p1", "not_a_slide"), ("p2", "other_encoder"),
+        ("p1", "not_a_slide"), ("p9", "not_a_slide"), ("p2", "other_encoder"),
     }  # fmt: skip
     assert set(loaded) <= {"cuda:0", "cuda:1"}
     for i in (0, 3, 4):
