@@ -682,6 +682,27 @@ def test_embeddings_that_are_no_numbers_set_the_slide_aside(tmp_path: Path, disc
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("where", ["plan_slide", "tile_quality"])
+def test_an_error_that_nobody_foresaw_sets_one_slide_aside(
+    tmp_path: Path, disc: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    failing, asked = getattr(pipeline, where), []
+
+    def once(*given: object, **named: object) -> object:
+        asked.append(given)
+        if len(asked) == 1:
+            raise np.linalg.LinAlgError(f"in {disc}")
+        return failing(*given, **named)
+
+    monkeypatch.setattr(pipeline, where, once)
+    jobs = [pathology.SlideJob(disc, tmp_path / f"{name}.h5") for name in "ab"]
+    first, second = (x for _, x in pathology.extract_slides(jobs, SPEC, Averages))
+    assert (first.outcome, first.code) == ("failed", "unreadable_slide")
+    assert "(LinAlgError)" in first.reason
+    assert str(disc) not in first.reason
+    assert second.outcome == "done"
+
+
 def test_too_few_good_tiles_are_told_in_one_line(tmp_path: Path) -> None:
     blurred = write_slide(tmp_path / "s.tif", np.full((600, 600, 3), (200, 120, 170), np.uint8))
     with pytest.raises(DataError) as error:
@@ -689,6 +710,8 @@ def test_too_few_good_tiles_are_told_in_one_line(tmp_path: Path) -> None:
     assert code_of(error) == "few_good_tiles"
     assert "found 0 of 81 tiles" in str(error.value)
     assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match="found 0 of 81 tiles"):  # without embedding them again
+        extract(blurred, tmp_path / "s.h5", encoder=Interrupting(0))
     none_needed = SPEC.model_copy(update={"min_good_tiles": 0})
     assert extract(blurred, tmp_path / "s.h5", spec=none_needed).n_tiles == 81
 

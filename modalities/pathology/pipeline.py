@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 _BATCHES_AHEAD = 3
 _BATCH_BYTES = 1 << 28
 _STAIN_TILES = 64
+_FEW_GOOD = "few_good_tiles"
 _SCALE = ("slide_mpp", "slide_mpp_source")
 
 
@@ -269,6 +270,14 @@ def _changed() -> DataError:
     )
 
 
+def _unforeseen(error: Exception) -> DataError:
+    return DataError(
+        "unreadable_slide",
+        f"slide: found an error in reading it that nobody foresaw ({type(error).__name__}), needed "
+        "none; try another copy of it, and report this with the kind of slide",
+    )
+
+
 def slide_name(path: Path) -> str:
     """Name of a slide's file without its suffix, as text also where it is none in UTF-8."""
     return os.fsencode(path.stem).decode(errors="backslashreplace")
@@ -332,13 +341,19 @@ class _Reading:
                 fault = error
             except OSError:  # whatever cannot be written has its own thread
                 fault = unreadable()
+            except Exception as error:  # noqa: BLE001 - four libraries, and a cohort goes on
+                fault = _unforeseen(error)
             yield _Ended(job, slide=opened, fault=fault)
 
     def _plan(self, slide: Slide) -> Plan:
         try:
             return plan_slide(slide, self._spec)
+        except DataError:
+            raise
         except OSError:  # a slide that went away
             raise unreadable() from None
+        except Exception as error:  # noqa: BLE001 - as in reading it
+            raise _unforeseen(error) from None
 
     def _open(self, job: SlideJob, slide: Slide, plan: Plan, digest: str) -> _Opened:
         encoder, spec = self._encoder(), self._spec
@@ -492,8 +507,11 @@ def _outcome(ended: _Ended, spec: PathologySpec) -> SlideOutcome:
             return _finish(slide, spec)
         except DataError as error:
             fault = error
-    if slide is not None and ended.fault is not None and slide.partial.n_done:
-        slide.partial.close()  # what could not be read now may be readable later
+    # What could not be read now may be readable later, and that few tiles are good is found again
+    # without embedding them.
+    of_use = ended.fault is not None or (fault is not None and fault.code == _FEW_GOOD)
+    if slide is not None and of_use and slide.partial.n_done:
+        slide.partial.close()
     elif slide is not None:
         slide.partial.remove()
     if fault is None:
@@ -553,7 +571,7 @@ def _check_tiles(
     n_good, least = int(np.count_nonzero(good)), spec.min_good_tiles
     if n_good < least or not kept.any():
         raise DataError(
-            "few_good_tiles",
+            _FEW_GOOD,
             f"slide: found {n_good} of {len(good)} tiles without damage, blur, pen and bare glass, "
             f"needed {max(least, 1)}; scan it again or change the limits",
         )
