@@ -17,7 +17,7 @@ from flows.protocol import kind_of
 from modalities.cohort import DataError, Exclusion, ManifestRow, feature_table
 from modalities.files import digest_path, fingerprint, replacing
 from modalities.omics import OmicsSpec, extract_counts
-from modalities.pathology import PathologySpec, digest_slide, read_bag, read_marks
+from modalities.pathology import PathologySpec, digest_slide, read_bag, read_marks, slide_files
 from modalities.radiology import RadiologySpec, ScanRow, extract_scans, scan_digest
 from modalities.tabular import TabularSpec, read_table
 
@@ -70,7 +70,7 @@ class Ledger:
             If it cannot be read.
         """
         key = _where(row, spec)
-        signature = _signature(row)
+        signature = _signature(row, spec)
         known = self._known.get(key)
         if known is None or known[0] != signature:
             known = [signature, _digest(row, spec)]
@@ -86,7 +86,7 @@ class Ledger:
             If it is not there.
         """
         known = self._known.get(_where(row, spec))
-        return known[1] if known is not None and known[0] == _signature(row) else None
+        return known[1] if known is not None and known[0] == _signature(row, spec) else None
 
     def save(self) -> None:
         """Write the ledger."""
@@ -98,11 +98,10 @@ def _where(row: ManifestRow, spec: ModalitySpec) -> str:
     return "\0".join(map(str, (kind_of(spec), row.path, row.mask_path, row.roi)))
 
 
-def _signature(row: ManifestRow) -> str:
-    paths = [row.path] if row.mask_path is None else [row.path, row.mask_path]
-    tiles = row.path.with_suffix("")
-    if row.path.suffix.lower() == ".mrxs" and tiles.is_dir():
-        paths.append(tiles)  # such a slide is a small file beside a folder
+def _signature(row: ManifestRow, spec: ModalitySpec) -> str:
+    paths = slide_files(row.path) if isinstance(spec, PathologySpec) else [row.path]
+    if row.mask_path is not None:
+        paths.append(row.mask_path)
     files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
     stats = [(str(f), f.stat()) for f in files]
     return fingerprint([[name, s.st_size, s.st_mtime_ns] for name, s in stats])

@@ -1,9 +1,10 @@
 """Whole-slide images to bags of tile embeddings.
 
-The line: ``reader`` opens a slide, ``scale`` knows its resolution, ``planning`` lays ``tiles`` over
-``tissue``, ``reading`` chooses how they are read (``jpeg_tiff``, ``openslide_reader``), ``quality``
-and ``stain`` look at them, ``encoder`` and ``network`` embed, ``partial`` and ``bags`` write,
-``pipeline`` runs it all, ``slides`` for whole folders.
+The line: ``slide_files`` knows what belongs to a slide, ``reader`` opens it, ``scale`` knows its
+resolution, ``planning`` lays ``tiles`` over ``tissue``, ``reading`` chooses how they are read
+(``jpeg_tiff``, ``openslide_reader``), ``quality`` and ``stain`` look at them, ``encoder`` and
+``network`` embed, ``partial`` and ``bags`` write, ``pipeline`` runs it all, ``slides`` for whole
+folders.
 """
 
 from typing import TYPE_CHECKING
@@ -23,10 +24,10 @@ from modalities.pathology.pipeline import (
     SlideJob,
     SlideOutcome,
     TileCount,
-    digest_slide,
     extract_slides,
 )
 from modalities.pathology.planning import check_slide
+from modalities.pathology.slide_files import digest_slide, slide_files
 from modalities.pathology.slides import Manner, extract, extract_slide, find_slides
 from modalities.pathology.spec import EXTRACTOR_VERSION, PathologySpec
 
@@ -61,4 +62,5 @@ __all__ = [
     "load_tile_encoder",
     "read_bag",
     "read_marks",
+    "slide_files",
 ]

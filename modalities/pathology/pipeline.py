@@ -7,9 +7,9 @@ may be ahead is bounded, so that neither a large slide nor a slow encoder fills 
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from modalities.cohort import DataError
-from modalities.files import digest_path, fingerprint, replacing, sweep_beside
+from modalities.files import fingerprint, replacing, sweep_beside
 from modalities.pathology.ahead import ahead
 from modalities.pathology.bags import count_tiles, is_foreign, read_marks, write_finished
 from modalities.pathology.partial import PartialBag, forget_partial, open_partial
@@ -25,6 +25,7 @@ from modalities.pathology.planning import Plan, plan_slide
 from modalities.pathology.quality import Quality, is_good, tile_quality
 from modalities.pathology.reader import open_slide, unreadable
 from modalities.pathology.reading import tile_reader
+from modalities.pathology.slide_files import changed_slide, digest_slide, slide_name, slide_state
 from modalities.pathology.stain import normaliser
 from modalities.pathology.tiles import spread
 from modalities.pathology.tissue import outline_text, outlined
@@ -76,7 +77,8 @@ class SlideOutcome:
     Parameters
     ----------
     slide
-        Name of the slide's file without its suffix; it stays at the site.
+        Name of the slide: of its file without the suffix, or of the folder of its DICOM series;
+        it stays at the site.
     outcome
         ``partial`` where some tiles are damaged and have no embedding.
     code
@@ -99,7 +101,7 @@ class TileCount:
     Parameters
     ----------
     slide
-        Name of the slide's file without its suffix.
+        Name of the slide.
     n_done, n_tiles
         Tiles so far, those of an earlier run included, and in all.
     """
@@ -141,9 +143,9 @@ class SlideJob:
     picture: Path | None = None
     thumbnail: Path | None = None
 
-    @property
+    @cached_property
     def name(self) -> str:
-        """Name of the slide's file without its suffix."""
+        """Name of the slide."""
         return slide_name(self.path)
 
 
@@ -232,55 +234,12 @@ def extract_slides(
         reading.close()
 
 
-def digest_slide(path: Path) -> str:
-    """SHA-256 of a slide, with the data folder beside it where its format has one (MRXS).
-
-    Raises
-    ------
-    DataError
-        ``missing_file`` or ``unreadable_slide``.
-    """
-    data = path.with_suffix("")
-    try:
-        if path.suffix.lower() == ".mrxs" and data.is_dir():
-            return fingerprint([digest_path(path), digest_path(data)])
-        return digest_path(path)
-    except FileNotFoundError:
-        raise DataError("missing_file", "slide: found no file; check the path") from None
-    except OSError:
-        raise DataError(
-            "unreadable_slide", "slide: found a file that cannot be read; check its permissions"
-        ) from None
-
-
-def _state(path: Path) -> tuple[int, int, int] | None:
-    """Tell a file from one that was written to or put into its place; None where it is away."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _changed() -> DataError:
-    return DataError(
-        "changed_slide",
-        "slide: found another file than when its reading began, needed one that stays; "
-        "run it again",
-    )
-
-
 def _unforeseen(error: Exception) -> DataError:
     return DataError(
         "unreadable_slide",
         f"slide: found an error in reading it that nobody foresaw ({type(error).__name__}), needed "
         "none; try another copy of it, and report this with the kind of slide",
     )
-
-
-def slide_name(path: Path) -> str:
-    """Name of a slide's file without its suffix, as text also where it is none in UTF-8."""
-    return os.fsencode(path.stem).decode(errors="backslashreplace")
 
 
 def partial_path(out_h5: Path) -> Path:
@@ -318,7 +277,7 @@ class _Reading:
                 yield _Ended(job, fault=fault)
 
     def _slide(self, job: SlideJob) -> Generator[_Batch | _Ended, None, None]:
-        before = _state(job.path)
+        before = slide_state(job.path)
         digest = job.input_digest or digest_slide(job.path)
         earlier = _earlier(job, digest, self._spec) if job.reuse else None
         if earlier is not None:
@@ -335,8 +294,8 @@ class _Reading:
             fault = None
             try:
                 yield from self._batches(opened, slide)
-                if _state(job.path) not in {before, None} and digest_slide(job.path) != digest:
-                    opened.fault = _changed()  # rows of two slides: none may stand
+                if slide_state(job.path) not in {before, None} and digest_slide(job.path) != digest:
+                    opened.fault = changed_slide()  # rows of two slides: none may stand
             except DataError as error:
                 fault = error
             except OSError:  # whatever cannot be written has its own thread

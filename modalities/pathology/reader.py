@@ -15,16 +15,13 @@ from PIL import Image
 
 from modalities.cohort import DataError
 from modalities.pathology.scale import Scale, slide_scale
+from modalities.pathology.slide_files import slide_stem
 from modalities.pathology.tiff_index import TiffIndex, cut_short, read_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-
-SUFFIXES = frozenset(
-    {".bif", ".czi", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".tif", ".tiff", ".vms", ".vmu"}
-)
 
 _LEVEL_TOLERANCE = 1.01
 # Of its own pixels, by which a level may end before or after level 0.
@@ -105,7 +102,10 @@ class Slide:
     def __init__(self, path: Path, scale: Scale, handle: openslide.OpenSlide) -> None:
         self.path = path
         self.scale = scale
-        self.properties: Mapping[str, str] = dict(handle.properties)
+        # A DICOM header's own values stay out: they tell who the patient is.
+        self.properties: Mapping[str, str] = {
+            name: value for name, value in handle.properties.items() if name[:6] != "dicom."
+        }
         self.info = SlideInfo(scale.mpp, _levels(handle))
         self._cache = openslide.OpenSlideCache(_CACHE_BYTES)
         self._lock = threading.Lock()
@@ -221,7 +221,7 @@ def open_slide(path: Path, *, tabled_mpp: float | None = None) -> Iterator[Slide
         ``long_name``, ``missing_file``, ``not_a_slide``, ``missing_resolution`` or
         ``unreadable_slide``.
     """
-    if len(os.fsencode(path.stem)) > _LONGEST_NAME:
+    if len(os.fsencode(slide_stem(path))) > _LONGEST_NAME:
         raise DataError(
             "long_name",
             f"slide: found a name that is too long for the files made of it, needed at most "
@@ -329,5 +329,5 @@ def _unsupported(path: Path) -> DataError:
     return DataError(
         "not_a_slide",
         "slide: found a file that OpenSlide does not read, needed a whole-slide image "
-        "such as SVS, NDPI, MRXS or a tiled TIFF; convert it",
+        "such as SVS, NDPI, MRXS, DICOM or a tiled TIFF; convert it",
     )

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Literal
 import openslide
 
 from modalities.cohort import DataError
+from modalities.pathology.slide_files import slide_stem
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 Source = Literal["stated", "objective", "tiff", "table"]
 
@@ -76,7 +77,7 @@ class MppTable:
     Parameters
     ----------
     by_name
-        Per file name, with or without its suffix.
+        Per file name, with or without its suffix, or per name of a DICOM series.
     """
 
     def __init__(self, by_name: Mapping[str, float]) -> None:
@@ -84,7 +85,13 @@ class MppTable:
 
     def of(self, slide: Path) -> float | None:
         """Give what the table says of a slide; None where it is not in it."""
-        return self._by_name.get(slide.name, self._by_name.get(slide.stem))
+        return next((self._by_name[x] for x in _names(slide) if x in self._by_name), None)
+
+
+def _names(slide: Path) -> Iterator[str]:
+    yield slide.name
+    yield slide.stem
+    yield slide_stem(slide)
 
 
 def read_mpp_table(path: Path) -> MppTable:

@@ -18,10 +18,15 @@ from modalities.pathology.pipeline import (
     SlideJob,
     SlideOutcome,
     extract_slides,
-    slide_name,
 )
-from modalities.pathology.reader import SUFFIXES
 from modalities.pathology.scale import MppTable, read_mpp_table
+from modalities.pathology.slide_files import (
+    SUFFIXES,
+    each_once,
+    slide_name,
+    slide_stem,
+    slides_among,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -141,7 +146,7 @@ def extract(
 
     repeated = _repeated_names(slides)
     to_do = [path for i, path in enumerate(slides) if i not in repeated]
-    where = {path: places(out, path.stem, spec, manner.layout) for path in to_do}
+    where = {path: places(out, slide_stem(path), spec, manner.layout) for path in to_do}
     jobs = [_job(path, where[path], manner, tabled.of(path)) for path in to_do]
     devices = found_devices() if manner.devices is None else manner.devices
     found: dict[Path, SlideOutcome] = {}
@@ -189,9 +194,9 @@ def find_slides(source: Path) -> list[Path]:
     Parameters
     ----------
     source
-        A slide; a folder, searched recursively by known suffixes; or a manifest CSV with a
-        column ``path``, relative to the manifest, of which only rows of modality ``pathology``
-        count where there is a column ``modality``.
+        A slide; a folder, searched recursively by known suffixes, where the DICOM files of one
+        series are one slide; or a manifest CSV with a column ``path``, relative to the manifest,
+        of which only rows of modality ``pathology`` count where there is a column ``modality``.
 
     Raises
     ------
@@ -201,13 +206,17 @@ def find_slides(source: Path) -> list[Path]:
     if not source.exists():
         raise DataError("missing_file", "source: found nothing there, needed slides; check it")
     if source.is_dir():
-        slides = sorted(p for p in _files_below(source) if p.suffix.lower() in SUFFIXES)
+        slides = slides_among(_files_below(source))
     elif source.suffix.lower() == ".csv":
         slides = _manifest_slides(source)
     else:
         slides = [source]
     if not slides:
-        raise DataError("no_slides", "source: found no slide, needed at least one; check it")
+        raise DataError(
+            "no_slides",
+            f"source: found no slide, needed at least one ({', '.join(sorted(SUFFIXES))}, or .dcm "
+            "of a whole slide); check it",
+        )
     return slides
 
 
@@ -229,7 +238,7 @@ def _repeated_names(slides: Iterable[Path]) -> set[int]:
     seen: set[str] = set()
     repeated = set()
     for i, path in enumerate(slides):
-        name = path.stem.casefold()
+        name = slide_stem(path).casefold()
         if name in seen:
             repeated.add(i)
         seen.add(name)
@@ -262,7 +271,7 @@ def _manifest_slides(manifest: Path) -> list[Path]:
     if not all(paths):
         raise DataError("manifest", "manifest: found a row without a path, needed a column 'path'")
     # A slide may be listed once per finding; it is the same slide.
-    return list(dict.fromkeys(manifest.parent / path for path in paths if path))
+    return each_once(manifest.parent / path for path in paths if path)
 
 
 def _write_outcomes(path: Path, outcomes: Sequence[SlideOutcome]) -> None:
