@@ -447,10 +447,11 @@ class Reader:
         assert "/tmp/" not in told
         return told
 
-    def links(self) -> dict[str, str]:
-        """Where the page leads, by what is written there."""
-        found = self._page.get_by_role("link").all()
-        return {x.inner_text().strip(): x.get_attribute("href") or "" for x in found}
+    def link(self, text: str, part: str) -> str:
+        """Where the page leads under a text, once an address with this part stands there."""
+        found = self._page.locator(f'a[href*="{part}"]').filter(has_text=text).first
+        found.wait_for(timeout=60_000)
+        return found.get_attribute("href") or ""
 
     def _take(self, file: Path) -> None:
         """Keep what the page looks like once nothing moves, without what greets a newcomer."""
@@ -539,16 +540,13 @@ def test_browser_shows_model_and_version_with_card_aliases_tags_and_lineage(
     tags = ("consilium.protocol", "consilium.code", "consilium.signed_by", "gate.concordance")
     shown = ("What it is for", "champion", "Source Run", *tags)
     models_page.read(f"{page}/versions/1", *shown, picture="version", height_px=890)
-    links = models_page.links()
     run = _mlflow(home, f"runs/get?run_id={_version(home, 1)['run_id']}")["run"]
-    source = links[run["info"]["run_name"]]
-    assert source.endswith(f"/runs/{run['info']['run_id']}")
+    source = models_page.link(run["info"]["run_name"], f"/runs/{run['info']['run_id']}")
+    logged = models_page.link(f"{STUDY}-fusion", "/models/m-")
     (site,) = [x["dataset"] for x in run["inputs"]["dataset_inputs"]
                if x["dataset"]["name"] == rejected.sites[0].root.name]  # fmt: skip
     shown = ("Datasets", f"{site['name']} ({site['digest']})", "federated/concordance")
     models_page.read(f"{home.services.mlflow}/{source}", *shown, picture="study", height_px=1000)
-    logged = links[f"{STUDY}-fusion"]
-    assert "/models/m-" in logged
     metrics = {x["key"]: x["value"] for x in run["data"]["metrics"]}
     value = str(metrics["federated/concordance"])[:12]
     shown = ("About this logged model", "federated/concordance", value)
