@@ -204,6 +204,9 @@ def _serve_worker(pool: str, name: str, limit: str) -> None:
 
 
 def _main(program: str, *arguments: str) -> None:
+    # A shell starts what runs behind it with this ignored, and a worker that is asked to stop asks
+    # itself so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if program == "worker-process":
         _serve_worker(*arguments)
         return

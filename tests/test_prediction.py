@@ -400,7 +400,7 @@ def test_the_server_listens_here_scores_and_ends_on_ctrl_c(
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-c", "from flows.cli import main; main()", *command],
-            stdout=log, stderr=subprocess.STDOUT, preexec_fn=_with_ctrl_c,
+            stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:
         with httpx.Client(base_url=f"http://{HOST}:{port}", trust_env=False, timeout=60) as client:
@@ -417,10 +417,6 @@ def test_the_server_listens_here_scores_and_ends_on_ctrl_c(
         code = server.wait(60)
     assert code in (0, 130)
     assert "Traceback" not in (tmp_path / "log").read_text()
-
-
-def _with_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
 
 
 def _wait_for(client: httpx.Client, server: subprocess.Popen[bytes]) -> None:

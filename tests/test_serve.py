@@ -42,7 +42,7 @@ from tests.postgres import postgres_server
 from tests.topology import PartyHere
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 FOUND = Services("http://127.0.0.1:1/api", "consilium:x", "http://127.0.0.1:2", "consilium", 3, "u")
 NIGHTWORK = """
@@ -417,13 +417,19 @@ class Running:
         return {x["id"]: x["state_type"] for x in self.api.post("/flow_runs/filter", {})}
 
 
+# As a script starts what it goes on beside, with Ctrl-C ignored.
+BEHIND = ("sh", "-c", "trap '' INT && exec \"$@\"", "sh")
+
+
 @contextmanager
-def serving(root: Path, *options: str, **environment: str) -> Iterator[Running]:
+def serving(
+    root: Path, *options: str, before: Sequence[str] = (), **environment: str
+) -> Iterator[Running]:
     """Run ``consilium serve`` until the block ends; ports are any free ones."""
     ports = ["--prefect-port", str(free_port()), "--mlflow-port", str(free_port())]
     command = [sys.executable, "-c", "from flows.cli import main; main()", "serve", "--root"]
     process = subprocess.Popen(
-        [*command, str(root), *ports, *options],
+        [*before, *command, str(root), *ports, *options],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(root), **environment},
@@ -597,9 +603,13 @@ def five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with postgres_server(folder, databases=()) as url:
         settings = {"CONSILIUM_DATABASE_URL": url, "CONSILIUM_WORKER_LIMIT": "1"}
         settings["CONSILIUM_SILENCE_S"] = "45"
-        with serving(root, "--workers", "5", **settings) as started:
+        with serving(root, "--workers", "5", before=BEHIND, **settings) as started:
             started.database_url = url
             yield started
+        logs = list((root / "logs").glob("worker-*.log"))
+        assert len(logs) == 5
+        # They were asked to stop, and did, before they were made to.
+        assert all(x.read_text().rstrip().endswith("stopped!") for x in logs)
 
 
 @pytest.mark.slow

@@ -39,11 +39,10 @@ def consortium():
 assert consortium() == 42
 """
 PARENT = """
-import signal, sys, time
+import sys, time
 from pathlib import Path
 from flows.services import prefect_server
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts behind ignores it
 with prefect_server(Path(sys.argv[1])) as server:
     print(server.process.pid, flush=True)
     time.sleep(60)
