@@ -114,3 +114,10 @@ class Averages:
         values = tiles.astype(np.float64)
         means, spreads = values.mean(axis=(1, 2)), values.std(axis=(1, 2))
         return np.concatenate([means, spreads], axis=1).astype(np.float32)
+
+
+def embed_averages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let whole folders be embedded as averages, without loading a network."""
+    monkeypatch.setattr(
+        "modalities.pathology.slides.load_tile_encoder", lambda *_, **__: Averages()
+    )

@@ -32,7 +32,15 @@ from modalities.pathology.planning import plan_slide
 from modalities.pathology.quality import Quality, is_good, tile_quality
 from modalities.pathology.reader import open_slide
 from modalities.pathology.reading import tile_reader
-from tests.slides_on_disk import Averages, code_of, column, scene, with_hole, write_slide
+from tests.slides_on_disk import (
+    Averages,
+    code_of,
+    column,
+    embed_averages,
+    scene,
+    with_hole,
+    write_slide,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -297,9 +305,7 @@ def test_outcomes_stand_in_the_order_of_the_slides_whichever_ends_first(
 ) -> None:
     for name in "abc":
         write_slide(tmp_path / f"{name}.tif", scene(600))
-    monkeypatch.setattr(
-        "modalities.pathology.slides.load_tile_encoder", lambda *_, **__: Averages()
-    )
+    embed_averages(monkeypatch)
     another = threading.Event()
     shown: list[str] = []
 

@@ -30,6 +30,7 @@ from tests.slides_on_disk import (
     Averages,
     code_of,
     column,
+    embed_averages,
     real_slide,
     scene,
     touching,
@@ -367,9 +368,7 @@ def test_what_becomes_of_each_slide_stands_in_a_table(
     write_slide(source / "c.tif", scene(600), mpp=None)
     write_slide(source / "d.tif", scene(600), mpp=None)
     (tmp_path / "mpp.csv").write_text("wsi,mpp\nd.tif,0.5\na,0.25\n")
-    monkeypatch.setattr(
-        "modalities.pathology.slides.load_tile_encoder", lambda *_, **__: Averages()
-    )
+    embed_averages(monkeypatch)
     for _ in range(2):
         outcomes = pathology.extract(source, out, SPEC, mpp_table=tmp_path / "mpp.csv")
         assert [(x.slide, x.outcome, x.code) for x in outcomes] == [
@@ -395,9 +394,7 @@ def test_the_table_is_there_before_the_last_slide(
 ) -> None:
     for name in "ab":
         write_slide(tmp_path / f"{name}.tif", scene(600))
-    monkeypatch.setattr(
-        "modalities.pathology.slides.load_tile_encoder", lambda *_, **__: Averages()
-    )
+    embed_averages(monkeypatch)
     n_rows: list[int] = []
 
     def note(_: int) -> None:
